@@ -1,0 +1,65 @@
+# Nothing but Python (>= 3.10) and make is needed: every target sets up .venv on its first run.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+
+# One thread a worker: small tensors run faster so, and the workers do not fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install check format test test-slow demo demo-full bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(DEV) ## create .venv and install everlong with its demo and developer tools
+
+check: $(DEV) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV) ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(DEV) ## the tests, minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-slow: $(DEV) ## the long tests
+	$(PYTEST) -m slow
+
+demo: $(DEV) ## train a memory and a Transformer, find needles with both, draw runs/demo/needle.png
+	$(BIN)/everlong demo
+
+demo-full: $(DEV) ## the demo up to 128K tokens, with full attention and three seeds (hours)
+	$(BIN)/everlong demo --full
+
+bench: $(BENCH) ## speed and memory beside the rivals; results go to benchmarks/results
+	$(BIN)/python benchmarks/neural_memory.py
+
+clean: ## remove .venv and what builds and tools left (runs/ stays)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "everlong needs Python 3.10 or newer, got $$($(PYTHON) --version 2>&1):" \
+		"run make with PYTHON=/path/to/python3.10 or newer" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# torch goes in by itself first: the packages that need it then take the build that is there.
+$(DEV): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+$(BENCH): $(DEV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@

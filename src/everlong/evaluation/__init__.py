@@ -1,0 +1,17 @@
+"""Evaluation: long-context tasks for any causal language model of transformers, and reports."""
+
+from .folders import evaluate_needle_folder, load_model
+from .needle import NeedleScore, attention_reach, evaluate_needle
+from .report import NeedleReport, plot_needle, print_needle_table, write_results
+
+__all__ = [
+    "NeedleReport",
+    "NeedleScore",
+    "attention_reach",
+    "evaluate_needle",
+    "evaluate_needle_folder",
+    "load_model",
+    "plot_needle",
+    "print_needle_table",
+    "write_results",
+]

@@ -1,0 +1,109 @@
+"""Model folders, loaded and evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from everlong.data import NeedleConfig
+from everlong.training.recipe import RECIPE_FILE, RESULT_FILE, Recipe, load_recipe
+
+from .needle import attention_reach, evaluate_needle
+from .report import NeedleReport, length_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and the tokenizer in a local folder, on the accelerator if there
+    is one. Raises ValueError if the folder holds no model, or none that was finished."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(folder, "config.json").is_file():
+        is_run = Path(folder, RECIPE_FILE).is_file()
+        hint = (
+            f"its training has not finished: continue it with `everlong train --resume {folder}`, "
+            "or name one of its checkpoint folders"
+            if is_run
+            else "name a folder that training wrote"
+        )
+        raise ValueError(f"{folder} holds no model (no config.json): {hint}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a truncated or foreign file: every loader raises its own kind
+        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def evaluate_needle_folder(
+    folder: str | Path,
+    lengths: Sequence[int],
+    samples: int = 100,
+    *,
+    seed: int = 0,
+    source: str | None = None,
+) -> NeedleReport:
+    """Evaluate the model in a folder on the needle, with a progress bar on stderr.
+
+    The task is the one the model was trained on, with one needle and held-out text, or the default
+    one if the folder tells of none. source: another text, as for `load_text`.
+    """
+    model, tokenizer = load_model(folder)
+    if tokenizer("é")["input_ids"] != list("é".encode()):
+        raise ValueError(
+            f"{folder} has a tokenizer whose ids are not bytes: the needle is scored on bytes"
+        )
+    recipe = _recipe_of(Path(folder))
+    config = recipe.data if recipe else NeedleConfig()
+    result = Path(folder, RESULT_FILE)
+    name = (recipe.name if recipe else None) or Path(folder).resolve().name
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        longest = length_name(max(lengths, default=0))
+        task = bar.add_task(f"{name}, up to {longest} tokens", total=samples * sum(lengths))
+        scores = evaluate_needle(
+            model,
+            replace(config.plain(), source=source or config.source),
+            lengths,
+            samples,
+            seed=seed,
+            reach=attention_reach(model.config),
+            on_tokens=lambda tokens: bar.advance(task, tokens),
+        )
+    return NeedleReport(
+        name=name,
+        scores=scores,
+        seed=recipe.seed if recipe else None,
+        training_length=config.length if recipe else None,
+        about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
+    )
+
+
+def _recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of a run folder, or of the run that a checkpoint folder lies in."""
+    for place in (folder, folder.resolve().parent):
+        if (place / RECIPE_FILE).is_file():
+            return load_recipe(place / RECIPE_FILE)
+    return None

@@ -1,0 +1,195 @@
+"""Results as a table, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from everlong.provenance import provenance
+
+from .needle import NeedleScore, Share
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "os^Dv*"
+# Labels of lines that end together are moved apart by this share of the picture's height.
+LABEL_GAP = 0.06
+
+
+@dataclass(frozen=True)
+class NeedleReport:
+    """A model's scores. Reports of one name and several seeds are drawn as one line.
+
+    training_length: tokens of the longest training sample. about: other facts, such as the cost.
+    """
+
+    name: str
+    scores: list[NeedleScore]
+    seed: int | None = None
+    training_length: int | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "training_length": self.training_length,
+            "about": self.about,
+            "scores": [score.to_json() for score in self.scores],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> NeedleReport:
+        """The report that `to_json` wrote."""
+        scores = [NeedleScore.from_json(score) for score in values["scores"]]
+        return cls(**{**values, "scores": scores})
+
+
+def length_name(length: int) -> str:
+    """512 -> "512", 2048 -> "2K"."""
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def print_needle_table(reports: Sequence[NeedleReport], console: Console | None = None) -> None:
+    """A row for each length, a column for each model: whole keys right with the 95% interval, and
+    single digits right. Of several seeds: the mean, the lowest and the highest."""
+    console = console or Console()
+    table = Table(title="whole key right, % (95% interval) · digits right, %", min_width=60)
+    table.add_column("tokens", justify="right")
+    groups = _by_name(reports)
+    for name, group in groups.items():
+        seeds = "" if len(group) == 1 else f"\nmean (range) of {len(group)} seeds"
+        table.add_column(name + seeds, justify="right")
+    for length in sorted({score.length for report in reports for score in report.scores}):
+        cells = [_cell(_at(group, length)) for group in groups.values()]
+        table.add_row(length_name(length), *cells)
+    console.print(table)
+    for name, group in groups.items():
+        scores = [score for report in group for score in report.scores]
+        near = [score.within_reach for score in scores if score.within_reach]
+        far = [score.beyond_reach for score in scores if score.beyond_reach]
+        if far:
+            console.print(
+                f"{name}: {_total(near)} keys right within its attention's reach, "
+                f"{_total(far)} beyond it",
+                highlight=False,
+            )
+
+
+def write_results(path: Path, reports: Sequence[NeedleReport], **more: Any) -> None:
+    """The reports as JSON, with versions, machine and date; `more` is added at the top."""
+    values = {
+        "task": "needle",
+        **more,
+        "provenance": provenance(),
+        "models": [report.to_json() for report in reports],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
+    """Whole keys right against length, a line for each model, with its 95% interval; for several
+    seeds of a model the mean with the lowest and the highest. A dashed line marks the training
+    length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends = []
+    for i, (name, group) in enumerate(_by_name(reports).items()):
+        colour = COLOURS[i % len(COLOURS)]
+        lengths = sorted({score.length for report in group for score in report.scores})
+        spans = [_span(_at(group, length)) for length in lengths]
+        low, middle, high = ([100 * span[k] for span in spans] for k in range(3))
+        axes.fill_between(lengths, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(lengths, middle, color=colour, marker=MARKERS[i % len(MARKERS)], linewidth=2)
+        ends.append((middle[-1], lengths[-1], name, colour))
+
+    lengths = sorted({score.length for report in reports for score in report.scores})
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+    axes.set_ylim(-4, 104)
+    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("length of the text (tokens)")
+    axes.set_ylabel("whole key right (%)")
+    axes.set_title("A pass key hidden in real text", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    for length in {report.training_length for report in reports if report.training_length}:
+        axes.axvline(length, color="0.35", linestyle="--", linewidth=1)
+        axes.annotate(
+            "training length",
+            (length, 50),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="center",
+            color="0.35",
+        )
+    for (_, length, name, colour), height in zip(sorted(ends), _spread(sorted(ends)), strict=True):
+        axes.annotate(
+            name,
+            (length, height),
+            xytext=(10, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _by_name(reports: Sequence[NeedleReport]) -> dict[str, list[NeedleReport]]:
+    groups: dict[str, list[NeedleReport]] = {}
+    for report in reports:
+        groups.setdefault(report.name, []).append(report)
+    return groups
+
+
+def _at(group: list[NeedleReport], length: int) -> list[NeedleScore]:
+    return [score for report in group for score in report.scores if score.length == length]
+
+
+def _span(scores: list[NeedleScore]) -> tuple[float, float, float]:
+    """Low, middle, high: of the interval of one score, or over the scores of several seeds."""
+    values = [score.exact.value for score in scores]
+    if len(values) == 1:
+        low, high = scores[0].exact.interval()
+        return low, values[0], high
+    return min(values), sum(values) / len(values), max(values)
+
+
+def _cell(scores: list[NeedleScore]) -> str:
+    if not scores:
+        return "-"
+    low, middle, high = _span(scores)
+    digits = sum(score.digits.value for score in scores) / len(scores)
+    return f"{100 * middle:.0f} ({100 * low:.0f}-{100 * high:.0f}) · {100 * digits:.0f}"
+
+
+def _total(shares: list[Share]) -> str:
+    hits, samples = sum(each.hits for each in shares), sum(each.samples for each in shares)
+    return f"{hits:,} of {samples:,}"
+
+
+def _spread(ends: list[tuple[float, int, str, str]]) -> list[float]:
+    """Heights for labels at the lines' ends, lowest first, none nearer than LABEL_GAP."""
+    heights: list[float] = []
+    for middle, *_ in ends:
+        lowest = heights[-1] + 100 * LABEL_GAP if heights else middle
+        heights.append(max(middle, lowest))
+    return heights

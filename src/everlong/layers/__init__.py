@@ -1,0 +1,7 @@
+"""Modules: parameters, projections and gates around the ops."""
+
+from everlong.layers.attention import Attention
+from everlong.layers.neural_memory import NeuralMemory
+from everlong.layers.norm import RMSNorm
+
+__all__ = ["Attention", "NeuralMemory", "RMSNorm"]

@@ -1,0 +1,191 @@
+"""The neural memory as a layer: projections, gates and initialisation around the op."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everlong.layers.norm import RMSNorm
+from everlong.ops import NeuralMemoryState, causal_conv, chunk_neural_memory
+
+L2_EPS = 1e-6
+
+
+class NeuralMemory(nn.Module):
+    """A sequence layer whose memory is a small MLP that learns while it reads (Titans v1 section 3).
+
+    q, k, v = silu(conv(x W)), q and k of unit length; alpha, eta, theta from the token, per head
+    and per layer of the memory network; y = W_o (silu(x W_g) * norm(M_t(q_t))). Causal: y_t
+    depends on x_1 ... x_t alone.
+
+    Args:
+        hidden_size: width D of x and y.
+        num_heads: memories side by side, H.
+        head_dim: key and value size K of a head; default hidden_size // num_heads.
+        depth: layers L of the memory network, at least 1 (1 is the linear memory).
+        expansion: hidden width of the memory network, in multiples of head_dim.
+        chunk_size: tokens C whose inner gradients are taken at one point (1: the exact recurrence).
+        conv_kernel: taps of the causal convolution after the projections; 0 leaves it out.
+        momentum, decay: False leaves out S_t or the forgetting.
+        residual_norm: M(x) = x + scale * LN(MLP(x)); False is the plain MLP, which may diverge.
+        max_learning_rate: theta lies below max_learning_rate / chunk_size * (1 - eta): a chunk's
+            gradients add up, and momentum multiplies them by up to 1 / (1 - eta).
+        initial_alpha, initial_eta: values of the gates in a fresh layer, in (0, 1).
+
+    Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 64,
+        *,
+        conv_kernel: int = 4,
+        momentum: bool = True,
+        decay: bool = True,
+        residual_norm: bool = True,
+        max_learning_rate: float = 2.0,
+        initial_alpha: float = 1e-4,
+        initial_eta: float = 0.5,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if head_dim is None:
+            if num_heads < 1 or hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}): "
+                    "change one of them or give head_dim"
+                )
+            head_dim = hidden_size // num_heads
+        for name, value, least in (
+            ("num_heads", num_heads, 1),
+            ("head_dim", head_dim, 1),
+            ("depth", depth, 1),
+            ("expansion", expansion, 1),
+            ("chunk_size", chunk_size, 1),
+            ("conv_kernel", conv_kernel, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if max_learning_rate <= 0:
+            raise ValueError(f"max_learning_rate must be positive, got {max_learning_rate}")
+        for name, gate in (("initial_alpha", initial_alpha), ("initial_eta", initial_eta)):
+            if not 0 < gate < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.depth, self.chunk_size = depth, chunk_size
+        self.momentum, self.decay = momentum, decay
+        self.max_learning_rate = max_learning_rate
+        self.initial_alpha, self.initial_eta = initial_alpha, initial_eta
+
+        width = num_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.conv = nn.Parameter(torch.empty(3 * width, conv_kernel)) if conv_kernel else None
+        self.theta_proj = nn.Linear(hidden_size, num_heads * depth)
+        self.alpha_proj = nn.Linear(hidden_size, num_heads * depth) if decay else None
+        self.eta_proj = nn.Linear(hidden_size, num_heads * depth) if momentum else None
+        sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
+        self.memory_init = nn.ParameterList(
+            nn.Parameter(torch.empty(num_heads, *shape)) for shape in pairwise(sizes)
+        )
+        self.memory_scale = nn.Parameter(torch.empty(num_heads, head_dim)) if residual_norm else None
+        self.output_norm = RMSNorm(head_dim, norm_eps)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values of all but the plain projections (models call this again)."""
+        if self.conv is not None:
+            bound = 1 / math.sqrt(self.conv.shape[1])
+            nn.init.uniform_(self.conv, -bound, bound)
+        for weight in self.memory_init:
+            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
+        if self.memory_scale is not None:
+            nn.init.ones_(self.memory_scale)
+        nn.init.zeros_(self.theta_proj.bias)
+        if self.alpha_proj is not None:
+            nn.init.constant_(self.alpha_proj.bias, _logit(self.initial_alpha))
+        if self.eta_proj is not None:
+            nn.init.constant_(self.eta_proj.bias, _logit(self.initial_eta))
+
+    def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
+        """The memory before the first token: M_0 in every row, S_0 = 0."""
+        weights = [w.expand(batch_size, *w.shape) for w in self.memory_init]
+        dtype = torch.promote_types(dtype or weights[0].dtype, torch.float32)
+        return NeuralMemoryState.initial(
+            [w.to(dtype) for w in weights],
+            self.chunk_size,
+            momentum=self.momentum,
+            decay=self.decay,
+        )
+
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """x: [B, T, D]; state: where an earlier call stopped, or None for an empty memory.
+
+        Returns y [B, T, D] and the state to go on from. Any number of tokens a call. Raises
+        ValueError when the state does not fit the layer or the input.
+        """
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
+        if state is None:
+            state = self.initial_state(x.shape[0], x.dtype)
+        elif state.chunk_size != self.chunk_size:
+            raise ValueError(
+                f"state was built with chunk_size {state.chunk_size} but the layer has "
+                f"{self.chunk_size}: it belongs to another layer or model"
+            )
+        q, k, v, tail = self._rows(x, state.conv_tail)
+        theta, log_retain, log_eta = self._gates(x, state.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = chunk_neural_memory(
+                q, k, v, theta, log_retain, log_eta, state=state, scale=self.memory_scale
+            )
+        y = self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x))
+        return self.o_proj(y), replace(state, conv_tail=tail)
+
+    def _rows(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v [B, T, H, K] and the convolution's tail."""
+        rows = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        if self.conv is not None:
+            rows, tail = causal_conv(rows, self.conv.to(rows.dtype), tail)
+        rows = F.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = rows.unbind(2)
+        return _unit(q), _unit(k), v, tail
+
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
+
+        def logits(projection: nn.Linear) -> Tensor:
+            return projection(x).to(dtype).unflatten(-1, (self.num_heads, self.depth))
+
+        theta = torch.sigmoid(logits(self.theta_proj)) * (self.max_learning_rate / self.chunk_size)
+        log_retain = log_eta = None
+        if self.alpha_proj is not None:
+            log_retain = F.logsigmoid(-logits(self.alpha_proj))
+        if self.eta_proj is not None:
+            momentum = logits(self.eta_proj)
+            log_eta = F.logsigmoid(momentum)
+            theta = theta * torch.sigmoid(-momentum)
+        return theta, log_retain, log_eta
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|, in at least float32, safe at zero."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

@@ -1,0 +1,113 @@
+"""Configuration of the Titans models."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+LayerType = Literal["lmm", "sliding_attention", "full_attention"]
+LAYER_TYPES: tuple[str, ...] = ("lmm", "sliding_attention", "full_attention")
+
+
+@strict
+class TitansConfig(PreTrainedConfig):
+    """A decoder whose layers are named one by one in `layer_types`.
+
+    `"lmm"` is the neural memory alone, `"sliding_attention"` and `"full_attention"` are a Llama
+    layer with and without a window. The rest is Llama: RMSNorm, rotary positions, SwiGLU,
+    residuals.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+        num_key_value_heads, head_dim, hidden_act, initializer_range, rms_norm_eps,
+        max_position_embeddings, tie_word_embeddings, rope_theta: as in Llama.
+        layer_types: a type for each layer; default: all `"lmm"`.
+        sliding_window: tokens a `"sliding_attention"` layer sees, itself included.
+        num_memory_heads: memories side by side in a layer; default num_attention_heads.
+        memory_head_dim: key and value size of a memory; default hidden_size // num_memory_heads.
+        memory_depth: layers of the memory network (1 is the linear memory).
+        memory_expansion: hidden width of the memory network, in multiples of memory_head_dim.
+        chunk_size: tokens whose inner gradients are taken at one point.
+        conv_kernel: taps of the convolution after the memory's projections; 0 leaves it out.
+        memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
+        memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
+        max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
+        initial_alpha, initial_eta: the forgetting and the momentum of a fresh model.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int = 2048
+    num_memory_heads: int | None = None
+    memory_head_dim: int | None = None
+    memory_depth: int = 2
+    memory_expansion: int = 4
+    chunk_size: int = 64
+    conv_kernel: int = 4
+    memory_momentum: bool = True
+    memory_decay: bool = True
+    memory_residual_norm: bool = True
+    max_memory_learning_rate: float = 2.0
+    initial_alpha: float = 1e-4
+    initial_eta: float = 0.5
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 1 << 30
+    rope_theta: float = 10000.0
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            self.layer_types = ["lmm"] * self.num_hidden_layers
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_memory_heads is None:
+            self.num_memory_heads = self.num_attention_heads
+        if self.memory_head_dim is None:
+            self.memory_head_dim = self.hidden_size // self.num_memory_heads
+        super().__post_init__(**kwargs)
+
+    def validate_layer_type(self) -> None:
+        """The types are ours, not only those that `transformers` knows."""
+        layer_types = self.layer_types or []
+        unknown = sorted(set(layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"unknown layer_types {unknown}: use {', '.join(LAYER_TYPES)}")
+        if len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(layer_types)} layers but num_hidden_layers is "
+                f"{self.num_hidden_layers}: name one type for each layer"
+            )
+
+    def validate_architecture(self) -> None:
+        """Sizes that must divide each other."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({heads})"
+            )
+        if groups and heads % groups:
+            raise ValueError(
+                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
+            )
+        if self.head_dim and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")

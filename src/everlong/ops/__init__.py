@@ -1,0 +1,17 @@
+"""Pure functions of tensors: the papers' equations, their fast forms and their states."""
+
+from everlong.ops.conv import causal_conv
+from everlong.ops.memory_state import NeuralMemoryState
+from everlong.ops.neural_memory import (
+    chunk_neural_memory,
+    read_neural_memory,
+    recurrent_neural_memory,
+)
+
+__all__ = [
+    "NeuralMemoryState",
+    "causal_conv",
+    "chunk_neural_memory",
+    "read_neural_memory",
+    "recurrent_neural_memory",
+]

@@ -1,0 +1,385 @@
+"""The neural long-term memory of Titans: an MLP that takes gradient steps while it reads.
+
+Per token t and head, with M_c the memory at the start of t's chunk (Titans v1 section 3.1):
+
+    u_t = gradient of |M_c(k_t) - v_t|^2
+    S_t = eta_t S_{t-1} - theta_t u_t
+    M_t = (1 - alpha_t) M_{t-1} + S_t        y_t = M_t(q_t)
+
+`recurrent_neural_memory` computes this literally; `chunk_neural_memory` computes the same by
+matrix products alone, without ever forming M_t (section 3.2). Dimensions: B batch, T tokens,
+H heads, K key and value size, L layers of the memory network, C chunk length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from everlong.ops.chunk_scan import carry_chunk, read_rows, scan_chunks
+from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
+from everlong.ops.inner_mlp import NORM_EPS, apply_memory, error_signals
+from everlong.ops.memory_state import NeuralMemoryState
+
+
+def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+    """y = M(q) at given weights, without writing (Titans v1 eq. 15).
+
+    q: [B, T, H, K]; weights per layer [B, H, in, out]; scale [H, K] or None for a plain MLP.
+    Returns [B, T, H, K].
+    """
+    rows = q.transpose(1, 2).to(weights[0].dtype)
+    return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
+
+
+def recurrent_neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    log_retain: Tensor | None,
+    log_eta: Tensor | None,
+    *,
+    state: NeuralMemoryState,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, NeuralMemoryState]:
+    """The reference: one token at a time, the inner gradient by autograd. Slow, and meant to be.
+
+    Arguments and results are those of `chunk_neural_memory`; all rows must stand at one position.
+    """
+    gates = Gates(theta, log_retain, log_eta)
+    _check(q, k, v, gates, state, None)
+    position = int(state.position[0])
+    if bool((state.position != position).any()):
+        raise ValueError(f"the reference wants equal positions, got {state.position.tolist()}")
+    weights: Sequence[Tensor] = state.weights
+    momentum: Sequence[Tensor] | None = state.momentum
+    for i in range(position):
+        surprise = [
+            z[:, :, i, :, None] * e[:, :, i, None, :]
+            for z, e in zip(state.inputs, state.errors, strict=True)
+        ]
+        slot = state.gates.map(lambda gate: gate[..., i])  # noqa: B023 (called at once)
+        weights, momentum = _write_token(weights, momentum, surprise, slot)
+    outputs = []
+    for t in range(q.shape[1]):
+        inputs, errors, surprise = _surprise_by_autograd(k[:, t], v[:, t], state.weights, scale)
+        token = gates.map(lambda gate: gate[:, t])  # noqa: B023
+        weights, momentum = _write_token(weights, momentum, surprise, token)
+        outputs.append(read_neural_memory(q[:, t : t + 1], weights, scale))
+        token = token.map(lambda gate: gate.unsqueeze(-1))
+        state = _insert(state, inputs, errors, token, position, 1)
+        position += 1
+        if position == state.chunk_size:
+            state, position = _reopen(state, weights, momentum), 0
+    y = torch.cat(outputs, 1) if outputs else q
+    return y, state
+
+
+def _surprise_by_autograd(
+    k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """z, delta and u of one token (k, v: [B, H, K]) from autograd on the inner loss."""
+    with torch.enable_grad():
+        # Weights that already carry a history keep it, so that the outer gradient passes through.
+        leaves = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        hidden, inputs, products = k.unsqueeze(-2), [], []
+        for index, weight in enumerate(leaves):
+            inputs.append(torch.nn.functional.gelu(hidden) if index else hidden)
+            hidden = inputs[-1] @ weight
+            products.append(hidden)
+        if scale is not None:
+            normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
+            hidden = k.unsqueeze(-2) + scale.unsqueeze(-2) * normed
+        loss = (hidden - v.unsqueeze(-2)).square().sum()
+        signals = torch.autograd.grad(loss, [*leaves, *products], create_graph=True)
+    return inputs, list(signals[len(leaves) :]), list(signals[: len(leaves)])
+
+
+def _write_token(
+    weights: Sequence[Tensor],
+    momentum: Sequence[Tensor] | None,
+    surprise: Sequence[Tensor],
+    gates: Gates,
+) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+    """One step of S and M; gates [B, H, L], the rest per layer [B, H, in, out]."""
+    theta, log_retain, log_eta = gates.map(lambda gate: gate[..., None, None])
+    update = [-theta[:, :, i] * u for i, u in enumerate(surprise)]
+    if momentum is not None and log_eta is not None:
+        update = [log_eta[:, :, i].exp() * s + update[i] for i, s in enumerate(momentum)]
+        momentum = update
+    if log_retain is not None:
+        weights = [log_retain[:, :, i].exp() * w for i, w in enumerate(weights)]
+    return [w + s for w, s in zip(weights, update, strict=True)], momentum
+
+
+def chunk_neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    log_retain: Tensor | None,
+    log_eta: Tensor | None,
+    *,
+    state: NeuralMemoryState,
+    scale: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, NeuralMemoryState]:
+    """The dual form: the equations above by matrix products over chunks.
+
+    q, k, v: [B, T, H, K]. theta: [B, T, H, L], at least 0. log_retain = log(1 - alpha) and
+    log_eta: [B, T, H, L], at most 0, or None for no forgetting and no momentum. state: where to go
+    on, at any phase, each row at its own; `NeuralMemoryState.initial` starts one and fixes C.
+    scale: [H, K], LN's scale, or None for a memory without residual norm. lengths: [B] integers on
+    the CPU, how many of the T tokens are real in each row; the rest write nothing and read zeros.
+    Returns y [B, T, H, K] in q's type, and the state. Raises ValueError when shapes do not fit.
+    """
+    gates = Gates(theta, log_retain, log_eta)
+    _check(q, k, v, gates, state, lengths)
+    dtype, tokens = state.dtype, q.shape[1]
+    rows = tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    gates = gates.map(lambda gate: gate.to(dtype).permute(0, 2, 3, 1))
+    if lengths is None and bool((state.position == state.position[:1]).all()):
+        y, state = _aligned(rows, gates, tokens, state, scale)
+    else:
+        counts = torch.full_like(state.position, tokens) if lengths is None else lengths
+        y, state = _ragged(rows, gates, counts, state, scale)
+    return y.transpose(1, 2).to(q.dtype), state
+
+
+# Below, rows are q, k, v as [B, H, T, K] and gates are [B, H, L, T].
+Rows = tuple[Tensor, ...]
+
+
+def _aligned(
+    rows: Rows, gates: Gates, tokens: int, state: NeuralMemoryState, scale: Tensor | None
+) -> tuple[Tensor, NeuralMemoryState]:
+    """All rows at one position: finish the open chunk, scan whole chunks, open the last one."""
+    size, position = state.chunk_size, int(state.position[0]) if state.batch_size else 0
+    head = min(size - position, tokens) if position else 0
+    whole = (tokens - head) // size * size
+    outputs = []
+
+    def part(start: int, length: int) -> tuple[Rows, Gates]:
+        return (
+            tuple(x.narrow(2, start, length) for x in rows),
+            gates.map(lambda gate: gate.narrow(3, start, length)),
+        )
+
+    if head:
+        y, state = _extend(*part(0, head), state, position, head, scale)
+        outputs.append(y)
+    if whole:
+        y, weights, momentum = scan_chunks(
+            *part(head, whole), state.weights, state.momentum, size, scale
+        )
+        state = replace(state, weights=weights, momentum=momentum)
+        outputs.append(y)
+    if (rest := tokens - head - whole) or not outputs:
+        y, state = _extend(
+            *part(head + whole, rest), state, 0 if whole or head else position, rest, scale
+        )
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), state
+
+
+def _ragged(
+    rows: Rows, gates: Gates, counts: Tensor, state: NeuralMemoryState, scale: Tensor | None
+) -> tuple[Tensor, NeuralMemoryState]:
+    """Rows at positions or of lengths of their own: one chunk at a time, each row its own tokens."""
+    size, device = state.chunk_size, rows[0].device
+    offset = torch.zeros_like(counts)
+    y = torch.zeros_like(rows[0])
+    while bool((offset < counts).any()):
+        start = state.position
+        count = torch.minimum(size - start, counts - offset)
+        length = int(count.max())
+        token = (offset[:, None] + torch.arange(length)).clamp(max=rows[0].shape[2] - 1)
+        index = token.to(device)[:, None, :, None]
+        piece = tuple(x.gather(2, index.expand(-1, *x.shape[1:2], -1, x.shape[3])) for x in rows)
+        columns = index.mT.expand(-1, *gates.theta.shape[1:3], -1)
+        piece_gates = gates.map(lambda gate: gate.gather(3, columns))  # noqa: B023
+        out, state = _extend(piece, piece_gates, state, start, count, scale)
+        real = (torch.arange(length) < count[:, None]).to(device)[:, None, :, None]
+        y = y.scatter_add(2, index.expand_as(out), out * real)
+        offset = offset + count
+    return y, state
+
+
+def _extend(
+    rows: Rows,
+    gates: Gates,
+    state: NeuralMemoryState,
+    start: int | Tensor,
+    count: int | Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, NeuralMemoryState]:
+    """Add tokens to the open chunk, in slots start ... start + count - 1, and read them.
+
+    `start` and `count` are integers, or [B] where rows differ (row b uses its first count[b]).
+    """
+    q, k, v = rows
+    inputs, errors = error_signals(k, v, state.weights, scale)
+    state = _insert(state, inputs, errors, gates, start, count)
+    coefficients = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
+    rows_of = _slot_rows(coefficients, start, q.shape[2])
+    y = read_rows(q, state.weights, state.momentum, state.inputs, state.errors, rows_of, scale)
+    full = state.position == state.chunk_size
+    if bool(full.any()):
+        weights, momentum = carry_chunk(
+            state.weights, state.momentum, state.inputs, state.errors, coefficients
+        )
+        closed = _reopen(state, weights, momentum)
+        state = closed if bool(full.all()) else _choose(full, closed, state)
+    return y, state
+
+
+def _insert(
+    state: NeuralMemoryState,
+    inputs: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    gates: Gates,
+    start: int | Tensor,
+    count: int | Tensor,
+) -> NeuralMemoryState:
+    """The state with new rows in the slots of the open chunk, which is not closed here."""
+
+    def put(buffer: Tensor, new: Tensor, dim: int) -> Tensor:
+        length, size = new.shape[dim], buffer.shape[dim]
+        if isinstance(start, int):
+            before, after = buffer.narrow(dim, 0, start), size - start - length
+            return torch.cat([before, new, buffer.narrow(dim, size - after, after)], dim)
+        source = torch.arange(size) - start[:, None]
+        fresh = (source >= 0) & (source < torch.as_tensor(count)[:, None])
+        shape = [-1 if i == dim else 1 for i in range(buffer.dim())]
+        shape[0] = buffer.shape[0]
+        source = source.clamp(0, length - 1).to(buffer.device).view(shape).expand_as(buffer)
+        return torch.where(fresh.to(buffer.device).view(shape), new.gather(dim, source), buffer)
+
+    def put_gate(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
+        return None if buffer is None or new is None else put(buffer, new, 3)
+
+    return replace(
+        state,
+        inputs=tuple(put(b, n, 2) for b, n in zip(state.inputs, inputs, strict=True)),
+        errors=tuple(put(b, n, 2) for b, n in zip(state.errors, errors, strict=True)),
+        theta=put(state.theta, gates.theta, 3),
+        log_retain=put_gate(state.log_retain, gates.log_retain),
+        log_eta=put_gate(state.log_eta, gates.log_eta),
+        position=state.position + count,
+    )
+
+
+def _slot_rows(coefficients: ChunkCoefficients, start: int | Tensor, length: int) -> ChunkCoefficients:
+    """The coefficients' rows of the slots that were just filled."""
+    if isinstance(start, int):
+
+        def rows(x: Tensor, dim: int) -> Tensor:
+            return x.narrow(dim, start, length)
+    else:
+        size = coefficients.memory_carry.shape[-1]
+        slots = (start[:, None] + torch.arange(length)).clamp(max=size - 1)
+
+        def rows(x: Tensor, dim: int) -> Tensor:
+            shape = [1, x.shape[1], *([1] * (x.dim() - 2))]
+            shape[dim] = length
+            index = slots.to(x.device).view(shape)
+            sizes = list(x.shape)
+            sizes[dim] = length
+            return x.gather(dim, index.expand(sizes))
+
+    carry = coefficients.momentum_carry
+    return coefficients._replace(
+        memory_carry=rows(coefficients.memory_carry, -1),
+        momentum_carry=None if carry is None else rows(carry, -1),
+        write=rows(coefficients.write, -2),
+    )
+
+
+def _reopen(
+    state: NeuralMemoryState, weights: Sequence[Tensor], momentum: Sequence[Tensor] | None
+) -> NeuralMemoryState:
+    """An empty open chunk on top of new weights and momentum."""
+    fresh = NeuralMemoryState.initial(
+        weights,
+        state.chunk_size,
+        momentum=False if momentum is None else momentum,
+        decay=state.log_retain is not None,
+    )
+    return replace(fresh, conv_tail=state.conv_tail)
+
+
+def _choose(rows: Tensor, left: NeuralMemoryState, right: NeuralMemoryState) -> NeuralMemoryState:
+    """`left` where `rows` [B] holds, `right` elsewhere."""
+    others = right.tensors()
+
+    def pick(name: str, tensor: Tensor) -> Tensor:
+        mask = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+        return torch.where(mask, tensor, others[name])
+
+    return NeuralMemoryState.from_tensors(
+        {name: pick(name, tensor) for name, tensor in left.tensors().items()}, len(left.weights)
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    state: NeuralMemoryState,
+    lengths: Tensor | None,
+) -> None:
+    """Refuse what does not fit, before any work."""
+    batch, tokens, heads = q.shape[:3]
+    layers = len(state.weights)
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q, k, v must agree in [B, T, H, K], got {[tuple(x.shape) for x in (q, k, v)]}"
+        )
+    if state.batch_size != batch:
+        raise ValueError(
+            f"state was built for batch {state.batch_size} but the input has batch {batch}: take rows "
+            "with state.select(rows), or pass state=None to start from an empty memory"
+        )
+    for weight, want in zip((state.weights[0], state.weights[-1]), (k, v), strict=True):
+        width = weight.shape[2] if want is k else weight.shape[3]
+        if weight.shape[1] != heads or width != want.shape[3]:
+            raise ValueError(
+                f"the state's memory has {weight.shape[1]} heads of size {width}, the input {heads} "
+                f"of size {want.shape[3]}: it belongs to another layer or model"
+            )
+    if gates.theta.shape[3:] != (layers,):
+        raise ValueError(
+            f"the state's memory has {layers} layers but the gates are for {gates.theta.shape[3:]}: it "
+            "belongs to another layer or model"
+        )
+    if state.dtype != torch.promote_types(q.dtype, state.dtype):
+        raise ValueError(
+            f"the state is {state.dtype} but the input {q.dtype}: start a state in the input's type "
+            "(at least float32)"
+        )
+    if state.device != q.device:
+        raise ValueError(
+            f"the state is on {state.device}, the input on {q.device}: use state.to({str(q.device)!r})"
+        )
+    for name, gate in gates._asdict().items():
+        if gate is not None and gate.shape != (batch, tokens, heads, layers):
+            raise ValueError(
+                f"{name} must be [B, T, H, L] = {[batch, tokens, heads, layers]}, got "
+                f"{list(gate.shape)}"
+            )
+    for name, gate, kept in (
+        ("log_retain", gates.log_retain, state.log_retain),
+        ("log_eta", gates.log_eta, state.log_eta),
+    ):
+        if (gate is None) != (kept is None):
+            raise ValueError(
+                f"{name} is {'absent' if gate is None else 'given'} but the state was started "
+                f"{'without' if kept is None else 'with'} it: start the state with the same gates"
+            )
+    if lengths is not None and (
+        lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > tokens)).any())
+    ):
+        raise ValueError(f"lengths must be [B] = [{batch}] in 0 ... {tokens}, got {lengths}")

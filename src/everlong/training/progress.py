@@ -1,0 +1,118 @@
+"""What a training run shows and logs: a bar, a line for each log, metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar on stderr, and a log line there and in `folder`/metrics.jsonl.
+
+    length_at: the sample length (tokens) of a training step, counted from 0.
+    `seconds` is the training time and `last_loss` the last loss logged; a resumed run counts on
+    from its checkpoint. tokens_per_second is a mean since the last log, pads not counted.
+    """
+
+    def __init__(self, folder: Path, length_at: Callable[[int], int]) -> None:
+        self.path = folder / METRICS_FILE
+        self.length_at = length_at
+        self.last_loss: float | None = None
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._seconds_before = 0.0
+        self._started: float | None = None
+        self._last = (0.0, 0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before a resumed checkpoint included."""
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
+        return self._seconds_before + running
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what an interrupted run logged behind its checkpoint, and start the clock."""
+        kept = [line for line in self._logged() if line["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._started = time.perf_counter()
+        self._last = (self.seconds, state.num_input_tokens_seen)
+        self.task = self.bar.add_task(
+            "train", total=state.max_steps, completed=state.global_step, status=""
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            self.bar.console.print(
+                f"step {state.global_step:6d}  eval loss {logs['eval_loss']:.4f}"
+            )
+        if "loss" not in logs:
+            return
+        seconds, tokens = self.seconds, state.num_input_tokens_seen
+        speed = (tokens - self._last[1]) / max(seconds - self._last[0], 1e-9)
+        self._last = (seconds, tokens)
+        self.last_loss = logs["loss"]
+        length = self.length_at(state.global_step - 1)
+        self._write(
+            {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs["learning_rate"],
+                "length": length,
+                "tokens": tokens,
+                "tokens_per_second": speed,
+            }
+        )
+        status = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s  length {length:,}"
+        self.bar.update(self.task, status=status)
+        self.bar.console.print(f"step {state.global_step:6d}  {status}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "seconds": self.seconds}) + "\n")
+
+    def _logged(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,242 @@
+"""Recipes: one YAML file an experiment, checked in full before any work.
+
+model:     `type` (a model type of transformers, such as titans) and fields of its configuration
+data:      fields of NeedleConfig
+training:  fields of transformers.TrainingArguments
+seed, output_dir, name: see Recipe
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+
+from everlong.data import NeedleConfig, byte_tokenizer
+from everlong.data.tokenizer import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, TrainingArguments
+
+RECIPE_FILE = "recipe.yaml"
+RESULT_FILE = "result.json"
+
+
+@dataclass
+class Recipe:
+    """An experiment.
+
+    model, data, training: as this module's docstring says.
+    output_dir: the run folder; runs/NAME if not given.
+    seed: of the initial weights and of the training samples.
+    name: what reports call it; the file's name if not given.
+    """
+
+    model: dict[str, Any]
+    data: NeedleConfig = field(default_factory=NeedleConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+    output_dir: str | None = None
+    seed: int = 0
+    name: str | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the recipe to `folder`/recipe.yaml, whence `load_recipe` reads it back."""
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        Path(folder, RECIPE_FILE).write_text(text, encoding="utf-8")
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that training writes to."""
+        return Path(self.output_dir or Path("runs") / (self.name or "unnamed"))
+
+
+def known_recipes() -> dict[str, Path]:
+    """The recipes that come with everlong, by name."""
+    package = Path(__file__).parents[1]
+    # Inside an installed package; beside src/ in a clone.
+    folders = [package / "recipes", package.parents[1] / "recipes"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, given as a path or as the name of a known one."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    known = known_recipes()
+    if path.stem in known and path.suffix in ("", ".yaml"):
+        return known[path.stem]
+    raise ValueError(
+        f"unknown recipe {str(recipe)!r}: give the path of a YAML file, or one of the known names: "
+        f"{', '.join(known)}"
+    )
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at a path or of a known name, with command-line overrides, checked.
+
+    overrides: such as ["--training.max_steps", "100", "--data.length=256"]; they win over the file.
+    Raises ValueError naming the field, and the nearest valid one, for an unknown field, and for a
+    value that is of the wrong type or makes no sense.
+    """
+    path = find_recipe(recipe)
+    _check_file_names(path)
+    _check_override_names(overrides)
+    values = _parse(path, overrides)
+    data = NeedleConfig(**values.pop("data"))
+    loaded = Recipe(data=data, **{**values, "name": values["name"] or path.stem})
+    build_model_config(loaded)
+    build_training_arguments(loaded)
+    return loaded
+
+
+def build_model_config(recipe: Recipe) -> PretrainedConfig:
+    """The transformers configuration of the recipe's model.
+
+    The vocabulary and the special tokens are the byte tokenizer's unless the recipe names others.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = {**recipe.model}
+    kind = fields.pop("type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.type must be a model type of transformers, got {kind!r}"
+            f"{_nearest(str(kind), CONFIG_MAPPING.keys())}"
+        )
+    config_class = CONFIG_MAPPING[kind]
+    valid = {each.name for each in dataclasses.fields(config_class) if each.init}
+    check_names(fields, valid, "model.")
+    tokenizer = byte_tokenizer()
+    fields.setdefault("vocab_size", VOCAB_SIZE)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        fields.setdefault(token, getattr(tokenizer, token))
+    if fields["vocab_size"] < VOCAB_SIZE:
+        raise ValueError(
+            f"model.vocab_size must be at least {VOCAB_SIZE} for tokens that are bytes, "
+            f"got {fields['vocab_size']}: leave it out"
+        )
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # transformers raises several kinds, all of them about the fields
+        raise ValueError(f"model: {_one_line(error)}") from error
+
+
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` part as transformers knows it, over everlong's own defaults."""
+    import torch
+    from transformers import TrainingArguments
+
+    fields = recipe.training
+    for name in ("seed", "output_dir"):
+        if name in fields:
+            raise ValueError(f"training.{name}: set {name} at the top of the recipe instead")
+    hints = get_type_hints(TrainingArguments)
+    valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
+    check_names(fields, valid, "training.")
+    defaults = {
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_steps": 10,
+        # Everlong stops at a loss that is not finite; transformers would log the last good one.
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        # Samples come in the order of training steps: their lengths follow it.
+        "train_sampling_strategy": "sequential",
+    }
+    try:
+        typed = _typed(fields, {name: hints[name] for name in fields})
+        arguments = TrainingArguments(
+            output_dir=str(recipe.run_folder), seed=recipe.seed, **{**defaults, **typed}
+        )
+    except Exception as error:  # transformers raises several kinds, all of them about the fields
+        raise ValueError(f"training: {_one_line(error)}") from error
+    if arguments.max_steps <= 0:
+        raise ValueError(
+            "training.max_steps must be given and positive: samples are made as training goes, "
+            f"there are no epochs of them; got {arguments.max_steps}"
+        )
+    return arguments
+
+
+def check_names(given: Collection[str], valid: Collection[str], prefix: str = "") -> None:
+    """Raise ValueError for a name that is not valid, naming the nearest one that is."""
+    for name in given:
+        if name not in valid:
+            raise ValueError(f"unknown field {prefix}{name}{_nearest(name, valid, prefix)}")
+
+
+def _nearest(name: str, valid: Collection[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, valid, n=1)
+    if near:
+        return f": did you mean {prefix}{near[0]}?"
+    return f": valid are {', '.join(sorted(valid))}" if len(valid) < 40 else ""
+
+
+def _top_names() -> list[str]:
+    return [each.name for each in dataclasses.fields(Recipe)]
+
+
+def _data_names() -> list[str]:
+    return [each.name for each in dataclasses.fields(NeedleConfig)]
+
+
+def _check_file_names(path: Path) -> None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_top_names())}")
+    check_names(values, _top_names())
+    for part in ("model", "data", "training"):
+        if not isinstance(values.get(part, {}), dict):
+            raise ValueError(f"{path}: {part} must hold fields, got {values[part]!r}")
+    check_names(values.get("data", {}), _data_names(), "data.")
+    if "model" not in values:
+        raise ValueError(f"{path} has no model: add `model:` with a `type:` and its fields")
+
+
+def _check_override_names(overrides: Sequence[str]) -> None:
+    for option in overrides:
+        if option.startswith("--"):
+            part, _, name = option[2:].split("=")[0].partition(".")
+            check_names([part], _top_names())
+            if part == "data":
+                check_names([name], _data_names(), "data.")
+
+
+def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The file's values and the overrides, typed."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Recipe)
+    try:
+        values = parser.parse_args(["--config", str(path), *overrides]).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{path.name}: {_one_line(error)}") from error
+    values.pop("config")
+    return values
+
+
+def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    for name, type_ in types.items():
+        parser.add_argument(f"--{name}", type=type_)
+    return parser.parse_object(values).as_dict()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,238 @@
+"""Training by `transformers.Trainer`.
+
+A run folder holds recipe.yaml (resolved), provenance.json, metrics.jsonl (a line for each log),
+checkpoint-STEP folders, and when training is done the model, the tokenizer and result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from everlong.data import NeedleDataset, byte_tokenizer, needle_datasets
+from everlong.provenance import provenance
+
+from .progress import TrainingProgress
+from .recipe import (
+    RECIPE_FILE,
+    RESULT_FILE,
+    Recipe,
+    build_model_config,
+    build_training_arguments,
+    load_recipe,
+)
+
+EVAL_SAMPLES = 64
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C; the message says where the last checkpoint is."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is not finite; the message says where and what is left."""
+
+
+def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
+    """Train the recipe's model from the start, in `recipe.run_folder`.
+
+    overwrite: delete an earlier run in that folder; without it such a folder is refused.
+    Returns what result.json holds: parameters, steps, tokens, seconds, tokens_per_second, loss.
+    Raises NonFiniteError at a loss or gradient that is not finite. Ctrl-C finishes the step, saves
+    a checkpoint and raises TrainingInterrupted; a second one stops at once.
+    """
+    folder = recipe.run_folder
+    _clear(folder, overwrite)
+    return _run(replace(recipe, output_dir=str(folder)), checkpoint=None)
+
+
+def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Continue the run in a folder from its last checkpoint; otherwise like `train`.
+
+    overrides: as for `load_recipe`, over the run's own recipe.
+    """
+    if not Path(folder, RECIPE_FILE).is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no {RECIPE_FILE}")
+    recipe = load_recipe(Path(folder, RECIPE_FILE), overrides)
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from: "
+            "train it anew with --overwrite, with training.save_steps below training.max_steps"
+        )
+    return _run(replace(recipe, output_dir=str(folder)), checkpoint)
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Make the folder an empty one, or refuse."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RECIPE_FILE).is_file():
+            raise ValueError(f"output_dir {folder} holds files of no run of everlong: name another")
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: continue it with --resume {folder}, "
+                "delete it with --overwrite, or name another --output_dir"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
+    arguments = build_training_arguments(recipe)
+    train_data, test_data = _datasets(recipe, arguments)
+    set_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(build_model_config(recipe))
+    folder = recipe.run_folder
+    recipe.save(folder)
+    _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
+
+    progress = TrainingProgress(folder, recipe.data.length_at)
+    interrupt = _Interrupt()
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=Subset(test_data, range(EVAL_SAMPLES)),
+        data_collator=_collate,
+        processing_class=byte_tokenizer(),
+        callbacks=[progress, interrupt, _FiniteGradients()],
+    )
+    for shown_twice in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown_twice)
+    with interrupt.caught(), progress:
+        try:
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            raise TrainingInterrupted(_interrupted(folder)) from None
+    if interrupt.requested:
+        raise TrainingInterrupted(_interrupted(folder))
+
+    trainer.save_model()
+    result = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "steps": output.global_step,
+        "loss": progress.last_loss,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": progress.seconds,
+        "tokens_per_second": trainer.state.num_input_tokens_seen / max(progress.seconds, 1e-9),
+    }
+    _write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[NeedleDataset, NeedleDataset]:
+    samples_per_step = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    return needle_datasets(
+        recipe.data, arguments.max_steps * samples_per_step, recipe.seed, samples_per_step
+    )
+
+
+def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")
+    }
+
+
+class _Trainer(Trainer):
+    """The Trainer, but it stops at a loss that is not finite."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(_not_finite("the loss", loss.item(), self.args, self.state))
+        return loss
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops training before a gradient that is not finite reaches the weights."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            return  # the gradient scaler skips such steps itself
+        named = [(name, each.grad) for name, each in model.named_parameters()]
+        grads = [(name, grad) for name, grad in named if grad is not None]
+        norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
+        if not torch.isfinite(norm):
+            culprits = [name for name, grad in grads if not torch.isfinite(grad).all()]
+            what = f"the gradient of {culprits[0]}" if culprits else "the gradient's norm"
+            raise NonFiniteError(_not_finite(what, norm.item(), args, state))
+
+
+def _not_finite(what: str, value: float, arguments: Any, state: Any) -> str:
+    return (
+        f"{what} is {value} at step {state.global_step + 1}; "
+        f"{_last_checkpoint(arguments.output_dir)}. A lower training.learning_rate or "
+        "training.max_grad_norm, or more training.warmup_steps, may help"
+    )
+
+
+def _interrupted(folder: Path) -> str:
+    return f"stopped; {_last_checkpoint(folder)}. Continue with: everlong train --resume {folder}"
+
+
+def _last_checkpoint(folder: str | Path) -> str:
+    checkpoint = get_last_checkpoint(str(folder))
+    return f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+
+
+class _Interrupt(TrainerCallback):
+    """Turns the first Ctrl-C into: finish the step, save a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Handle Ctrl-C here; only the main thread may, elsewhere it stays as it is."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

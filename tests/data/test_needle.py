@@ -1,0 +1,163 @@
+import re
+
+import pytest
+import torch
+
+from everlong.data.needle import NeedleConfig, NeedleDataset, needle_datasets
+from everlong.data.text import Document
+
+WORDS = ("alpha beta gamma delta epsilon zeta eta theta " * 40).encode()
+DOCUMENTS = [Document("a", WORDS), Document("b", WORDS[::-1])]
+
+
+def dataset(num_samples=50, seed=0, batch=1, **fields):
+    return NeedleDataset(DOCUMENTS, NeedleConfig(**fields), num_samples, seed, batch)
+
+
+def text_of(sample):
+    return bytes(sample["input_ids"].tolist()).decode()
+
+
+def answers_of(sample):
+    """The labelled stretches of a sample, as text."""
+    marks = [chr(label) if label >= 0 else " " for label in sample["labels"].tolist()]
+    return "".join(marks).split()
+
+
+@pytest.mark.parametrize("length", [100, 333, 5000])
+def test_a_sample_is_text_with_a_needle_and_its_question_at_the_end(length):
+    for sample in dataset(length=length):
+        text = text_of(sample)
+        assert len(text) == length
+        found = re.fullmatch(
+            r"(.*) The pass key is (\d{5})\.(?:\s.*)?"
+            r" What is the pass key\? The pass key is (\d{5})",
+            text,
+            re.DOTALL,
+        )
+        assert found
+        assert found[2] == found[3]
+        assert answers_of(sample) == [found[2]]
+        assert text.endswith(found[2])
+
+
+def test_the_rest_of_a_sample_is_one_window_of_the_documents():
+    haystack = "\n\n".join(document.text.decode() for document in DOCUMENTS)
+    for sample in dataset(length=400):
+        rest = re.sub(r" The pass key is \d{5}\.", "", text_of(sample))
+        rest = re.sub(r" What is the pass key\? The pass key is \d{5}$", "", rest)
+        assert rest in haystack * 2
+
+
+def test_distance_and_depth_are_those_of_the_text():
+    for sample in dataset(length=300):
+        text = text_of(sample)
+        answer = len(text) - 5
+        assert sample["distance"] == answer - text.index(text[answer:])
+        before = text.index(" The pass key is")
+        assert sample["depth"] == pytest.approx(before / (300 - 23 - 44))
+
+
+def test_depth_can_be_asked_for():
+    samples = dataset(length=2000)
+    assert samples.sample(0, depth=0)["depth"] < 0.01
+    assert samples.sample(0, depth=0.5)["depth"] == pytest.approx(0.5, abs=0.01)
+    assert samples.sample(0, depth=1)["depth"] == 1
+    with pytest.raises(ValueError, match=r"depth must lie in \[0, 1\], got 2"):
+        samples.sample(0, depth=2)
+
+
+def test_depths_and_keys_spread_evenly():
+    samples = [dataset(400)[i] for i in range(400)]
+    assert torch.tensor([sample["depth"] for sample in samples]).mean() == pytest.approx(
+        0.5, abs=0.06
+    )
+    first_digits = [answers_of(sample)[0][0] for sample in samples]
+    assert all(20 <= first_digits.count(digit) <= 60 for digit in "0123456789")
+
+
+def test_samples_depend_on_seed_and_index_alone():
+    one, two = dataset(seed=1)[7], dataset(num_samples=8, seed=1)[7]
+    assert torch.equal(one["input_ids"], two["input_ids"])
+    assert not torch.equal(one["input_ids"], dataset(seed=2)[7]["input_ids"])
+    assert not torch.equal(one["input_ids"], dataset(seed=1)[8]["input_ids"])
+
+
+def test_text_longer_than_the_documents_goes_round():
+    assert len(dataset(length=20_000)[0]["input_ids"]) == 20_000
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_several_needles_have_names_and_every_answer_a_label(spread):
+    samples = dataset(length=900, num_needles=4, num_questions=3, spread_questions=spread)
+    for sample in samples:
+        text = text_of(sample)
+        keys = dict(re.findall(r" The pass key of (\w+) is (\d{5})\.", text))
+        asked = re.findall(
+            r" What is the pass key of (\w+)\? The pass key of \1 is (\d{5})(?:\.|$)", text
+        )
+        assert len(keys) == 4
+        assert len(asked) == 3
+        assert [answer for _, answer in asked] == answers_of(sample)
+        for name, answer in asked:
+            assert keys[name] == answer
+            assert text.index(f"The pass key of {name} is") < text.index(f"pass key of {name}?")
+        if not spread:
+            assert re.search(r"(?: What is the pass key of \w+\? [\w ]+\.?){3}$", text)
+
+
+def test_text_loss_labels_a_share_of_the_text():
+    everything = dataset(text_loss=1.0)[0]
+    assert torch.equal(everything["labels"], everything["input_ids"])
+    labels = dataset(length=5000, text_loss=0.1)[0]["labels"]
+    assert (labels >= 0).float().mean() == pytest.approx(0.1, abs=0.03)
+    assert (labels[-5:] >= 0).all()
+
+
+def test_lengths_grow_by_step_and_are_one_within_a_batch():
+    samples = dataset(
+        num_samples=48, batch=4, length=1024, start_length=96, growth_steps=10, key_digits=3
+    )
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    steps = [lengths[i : i + 4] for i in range(0, 48, 4)]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert lengths == sorted(lengths)
+    assert lengths[0] == 96
+    assert lengths[-1] == 1024
+    assert steps[5][0] == round(96 * (1024 / 96) ** 0.5 / 32) * 32
+
+
+def test_training_and_held_out_samples_share_no_text_and_no_keys(tmp_path):
+    for letter in "abcdefghij":
+        (tmp_path / f"{letter}.txt").write_text(f"{letter * 9} " * 20)
+    config = NeedleConfig(source=str(tmp_path), held_out=0.3, start_length=96, growth_steps=9)
+    train, test = needle_datasets(config, 20)
+    assert not {*train.text.tolist()} & {*test.text.tolist()} - {*b" \n"}
+    assert not {answers_of(s)[0] for s in train} & {answers_of(s)[0] for s in test}
+    assert len(train[0]["input_ids"]) == 96
+    assert len(test[0]["input_ids"]) == 512
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_needles": 0}, "num_needles must lie in"),
+        ({"num_questions": 2}, "num_questions must lie in 1 ... num_needles = 1, got 2"),
+        ({"key_digits": 0}, "key_digits must be at least 1"),
+        ({"text_loss": 2.0}, "text_loss"),
+        ({"needle": "no key"}, "needle must hold {key} once"),
+        ({"needle": "{key}", "num_needles": 2}, "both sentences must hold {of}"),
+        ({"length": 67}, "length 67 is too short: .* can take 67 tokens"),
+        ({"start_length": 60}, "length 60 is too short"),
+        ({"num_needles": 9}, "length 512 is too short"),
+        ({"start_length": 1000}, "start_length must lie in 1 ... length = 512, got 1000"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NeedleConfig(**fields)
+
+
+def test_a_length_too_short_for_the_sentences_is_refused():
+    with pytest.raises(ValueError, match=r"length 60 is too short: .* take 67 tokens"):
+        dataset().sample(0, length=60)
