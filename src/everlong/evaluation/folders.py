@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +21,7 @@ from rich.progress import (
 )
 
 from everlong.data import NeedleConfig
-from everlong.training.recipe import RECIPE_FILE, RESULT_FILE, Recipe, load_recipe
+from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .needle import attention_reach, evaluate_needle
 from .report import NeedleReport, length_name
@@ -70,9 +71,9 @@ def evaluate_needle_folder(
             f"{folder} has a tokenizer whose ids are not bytes: the needle is scored on bytes"
         )
     recipe = _recipe_of(Path(folder))
-    config = recipe.data if recipe else NeedleConfig()
+    config = NeedleConfig(**recipe.get("data", {}))
     result = Path(folder, RESULT_FILE)
-    name = (recipe.name if recipe else None) or Path(folder).resolve().name
+    name = recipe.get("name") or Path(folder).resolve().name
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -95,15 +96,15 @@ def evaluate_needle_folder(
     return NeedleReport(
         name=name,
         scores=scores,
-        seed=recipe.seed if recipe else None,
+        seed=recipe.get("seed"),
         training_length=config.length if recipe else None,
         about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
     )
 
 
-def _recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of a run folder, or of the run that a checkpoint folder lies in."""
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of a run folder, or of the run that a checkpoint folder lies in; empty if none."""
     for place in (folder, folder.resolve().parent):
         if (place / RECIPE_FILE).is_file():
-            return load_recipe(place / RECIPE_FILE)
-    return None
+            return yaml.safe_load((place / RECIPE_FILE).read_text(encoding="utf-8"))
+    return {}

@@ -57,21 +57,32 @@ def length_name(length: int) -> str:
     return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
-def print_needle_table(reports: Sequence[NeedleReport], console: Console | None = None) -> None:
-    """A row for each length, a column for each model: whole keys right with the 95% interval, and
-    single digits right. Of several seeds: the mean, the lowest and the highest."""
-    console = console or Console()
-    table = Table(title="whole key right, % (95% interval) · digits right, %", min_width=60)
-    table.add_column("tokens", justify="right")
+def needle_table(reports: Sequence[NeedleReport]) -> list[list[str]]:
+    """A head row, then a row for each length: in a column for each model the whole keys right in
+    percent, with the 95% interval, and the single digits right. Of several seeds: the mean, with
+    the lowest and the highest."""
     groups = _by_name(reports)
-    for name, group in groups.items():
-        seeds = "" if len(group) == 1 else f"\nmean (range) of {len(group)} seeds"
-        table.add_column(name + seeds, justify="right")
-    for length in sorted({score.length for report in reports for score in report.scores}):
+    names = [
+        name if len(group) == 1 else f"{name}, {len(group)} seeds" for name, group in groups.items()
+    ]
+    rows = [["tokens", *names]]
+    for length in _lengths(reports):
         cells = [_cell(_at(group, length)) for group in groups.values()]
-        table.add_row(length_name(length), *cells)
+        rows.append([length_name(length), *cells])
+    return rows
+
+
+def print_needle_table(reports: Sequence[NeedleReport], console: Console | None = None) -> None:
+    """Print `needle_table`, and what each model whose attention has a reach found beyond it."""
+    console = console or Console()
+    head, *rows = needle_table(reports)
+    table = Table(title="whole key right, % (95% interval) · digits right, %", min_width=60)
+    for name in head:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    for name, group in groups.items():
+    for name, group in _by_name(reports).items():
         scores = [score for report in group for score in report.scores]
         near = [score.within_reach for score in scores if score.within_reach]
         far = [score.beyond_reach for score in scores if score.beyond_reach]
@@ -80,6 +91,7 @@ def print_needle_table(reports: Sequence[NeedleReport], console: Console | None 
                 f"{name}: {_total(near)} keys right within its attention's reach, "
                 f"{_total(far)} beyond it",
                 highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -95,6 +107,15 @@ def write_results(path: Path, reports: Sequence[NeedleReport], **more: Any) -> N
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def write_markdown(path: Path, reports: Sequence[NeedleReport]) -> None:
+    """`needle_table` as a Markdown table."""
+    head, *rows = needle_table(reports)
+    lines = [head, ["---:"] * len(head), *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
     """Whole keys right against length, a line for each model, with its 95% interval; for several
     seeds of a model the mean with the lowest and the highest. A dashed line marks the training
@@ -105,27 +126,8 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ends = []
-    for i, (name, group) in enumerate(_by_name(reports).items()):
-        colour = COLOURS[i % len(COLOURS)]
-        lengths = sorted({score.length for report in group for score in report.scores})
-        spans = [_span(_at(group, length)) for length in lengths]
-        low, middle, high = ([100 * span[k] for span in spans] for k in range(3))
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(lengths, middle, color=colour, marker=MARKERS[i % len(MARKERS)], linewidth=2)
-        ends.append((middle[-1], lengths[-1], name, colour))
-
-    lengths = sorted({score.length for report in reports for score in report.scores})
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
-    axes.set_ylim(-4, 104)
-    axes.set_xticks(lengths, [length_name(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("length of the text (tokens)")
-    axes.set_ylabel("whole key right (%)")
-    axes.set_title("A pass key hidden in real text", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
+    _draw_axes(axes, _lengths(reports))
+    _draw_lines(axes, reports)
     for length in {report.training_length for report in reports if report.training_length}:
         axes.axvline(length, color="0.35", linestyle="--", linewidth=1)
         axes.annotate(
@@ -138,7 +140,36 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
             va="center",
             color="0.35",
         )
-    for (_, length, name, colour), height in zip(sorted(ends), _spread(sorted(ends)), strict=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_axes(axes: Any, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+    axes.set_ylim(-4, 104)
+    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("length of the text (tokens)")
+    axes.set_ylabel("whole key right (%)")
+    axes.set_title("A pass key hidden in real text", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _draw_lines(axes: Any, reports: Sequence[NeedleReport]) -> None:
+    """A line and a band for each model, and its name where the line ends."""
+    ends = []
+    for i, (name, group) in enumerate(_by_name(reports).items()):
+        colour = COLOURS[i % len(COLOURS)]
+        lengths = _lengths(group)
+        spans = [_span(_at(group, length)) for length in lengths]
+        low, middle, high = ([100 * span[k] for span in spans] for k in range(3))
+        axes.fill_between(lengths, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(lengths, middle, color=colour, marker=MARKERS[i % len(MARKERS)], linewidth=2)
+        ends.append((middle[-1], lengths[-1], name, colour))
+    ends.sort()
+    for (_, length, name, colour), height in zip(ends, _label_heights(ends), strict=True):
         axes.annotate(
             name,
             (length, height),
@@ -149,8 +180,19 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
             fontweight="bold",
             annotation_clip=False,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+
+
+def _label_heights(ends: list[tuple[float, int, str, str]]) -> list[float]:
+    """Heights for the names at the lines' ends, lowest first, none nearer than LABEL_GAP."""
+    heights: list[float] = []
+    for middle, *_ in ends:
+        lowest = heights[-1] + 100 * LABEL_GAP if heights else middle
+        heights.append(max(middle, lowest))
+    return heights
+
+
+def _lengths(reports: Sequence[NeedleReport]) -> list[int]:
+    return sorted({score.length for report in reports for score in report.scores})
 
 
 def _by_name(reports: Sequence[NeedleReport]) -> dict[str, list[NeedleReport]]:
@@ -184,12 +226,3 @@ def _cell(scores: list[NeedleScore]) -> str:
 def _total(shares: list[Share]) -> str:
     hits, samples = sum(each.hits for each in shares), sum(each.samples for each in shares)
     return f"{hits:,} of {samples:,}"
-
-
-def _spread(ends: list[tuple[float, int, str, str]]) -> list[float]:
-    """Heights for labels at the lines' ends, lowest first, none nearer than LABEL_GAP."""
-    heights: list[float] = []
-    for middle, *_ in ends:
-        lowest = heights[-1] + 100 * LABEL_GAP if heights else middle
-        heights.append(max(middle, lowest))
-    return heights

@@ -73,8 +73,7 @@ def recurrent_neural_memory(
         position += 1
         if position == state.chunk_size:
             state, position = _reopen(state, weights, momentum), 0
-    y = torch.cat(outputs, 1) if outputs else q
-    return y, state
+    return torch.cat(outputs, 1) if outputs else torch.zeros_like(q), state
 
 
 def _surprise_by_autograd(
@@ -140,6 +139,8 @@ def chunk_neural_memory(
     dtype, tokens = state.dtype, q.shape[1]
     rows = tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
     gates = gates.map(lambda gate: gate.to(dtype).permute(0, 2, 3, 1))
+    if not tokens:
+        return torch.zeros_like(q), state
     if lengths is None and bool((state.position == state.position[:1]).all()):
         y, state = _aligned(rows, gates, tokens, state, scale)
     else:
@@ -176,10 +177,8 @@ def _aligned(
         )
         state = replace(state, weights=weights, momentum=momentum)
         outputs.append(y)
-    if (rest := tokens - head - whole) or not outputs:
-        y, state = _extend(
-            *part(head + whole, rest), state, 0 if whole or head else position, rest, scale
-        )
+    if rest := tokens - head - whole:
+        y, state = _extend(*part(head + whole, rest), state, 0, rest, scale)
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), state
 
@@ -350,9 +349,9 @@ def _check(
                 f"the state's memory has {weight.shape[1]} heads of size {width}, the input {heads} "
                 f"of size {want.shape[3]}: it belongs to another layer or model"
             )
-    if gates.theta.shape[3:] != (layers,):
+    if gates.theta.dim() == 4 and gates.theta.shape[3] != layers:
         raise ValueError(
-            f"the state's memory has {layers} layers but the gates are for {gates.theta.shape[3:]}: it "
+            f"the state's memory has {layers} layers but the gates are for {gates.theta.shape[3]}: it "
             "belongs to another layer or model"
         )
     if state.dtype != torch.promote_types(q.dtype, state.dtype):

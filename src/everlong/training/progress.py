@@ -83,9 +83,7 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:
             self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self.bar.console.print(
-                f"step {state.global_step:6d}  eval loss {logs['eval_loss']:.4f}"
-            )
+            self.bar.console.print(f"step {state.global_step:6d}  eval loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
         seconds, tokens = self.seconds, state.num_input_tokens_seen

@@ -19,12 +19,10 @@ import yaml
 
 from everlong.data import NeedleConfig, byte_tokenizer
 from everlong.data.tokenizer import VOCAB_SIZE
+from everlong.provenance import RECIPE_FILE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TrainingArguments
-
-RECIPE_FILE = "recipe.yaml"
-RESULT_FILE = "result.json"
 
 
 @dataclass

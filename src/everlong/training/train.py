@@ -32,12 +32,10 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from everlong.data import NeedleDataset, byte_tokenizer, needle_datasets
-from everlong.provenance import provenance
+from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
 from .progress import TrainingProgress
 from .recipe import (
-    RECIPE_FILE,
-    RESULT_FILE,
     Recipe,
     build_model_config,
     build_training_arguments,
@@ -156,9 +154,7 @@ def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[NeedleDatas
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")
-    }
+    return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
 
 
 class _Trainer(Trainer):

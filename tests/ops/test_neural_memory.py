@@ -1,0 +1,189 @@
+"""The dual form against the per-token reference (law 2), and what the ops refuse."""
+
+import itertools
+
+import pytest
+import torch
+from memory_cases import make_inputs, run, start_state
+from numerics import assert_close, assert_states_close
+
+from everlong.ops import (
+    NeuralMemoryState,
+    chunk_neural_memory,
+    read_neural_memory,
+    recurrent_neural_memory,
+)
+
+CHUNK = 4
+SWITCHES = [
+    {"momentum": m, "decay": d, "norm": n} for m, d, n in itertools.product([True, False], repeat=3)
+]
+
+
+def outputs_and_gradients(function, inputs, tokens, chunk_size, first):
+    """y, the final state, M_t and S_t, and the gradient of a random weighting of them all."""
+    state = start_state(inputs, chunk_size)
+    ys = []
+    for start, stop in ((0, first), (first, tokens)):
+        y, state = run(function, inputs, state, start, stop)
+        ys.append(y)
+    results = {"y": torch.cat(ys, 1)}
+    results |= {name: x for name, x in state.tensors().items() if name != "position"}
+    weights, momentum = state.current()
+    results |= {f"M_t{i}": x for i, x in enumerate(weights)}
+    results |= {f"S_t{i}": x for i, x in enumerate(momentum or ())}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results.values()
+    )
+    leaves = {name: x for name, x in inputs.items() if x is not None}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    results |= {
+        f"d {name}": torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+    return results
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(n for n, on in s.items() if on) or "none")
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("first", [0, 2])
+def test_dual_form_equals_reference(layers, tokens, first, switches):
+    """Law 2: outputs, states and all input gradients, from S_0 != 0, also continued mid-chunk."""
+    inputs = make_inputs(tokens, layers=layers, **switches)
+    first = min(first, tokens)
+    want = outputs_and_gradients(recurrent_neural_memory, inputs, tokens, CHUNK, first)
+    got = outputs_and_gradients(chunk_neural_memory, inputs, tokens, CHUNK, first)
+    assert want.keys() == got.keys()
+    for name in want:
+        assert_close(name, got[name], want[name])
+
+
+def test_chunk_of_one_is_the_exact_recurrence():
+    inputs = make_inputs(5)
+    want = outputs_and_gradients(recurrent_neural_memory, inputs, 5, 1, 0)
+    got = outputs_and_gradients(chunk_neural_memory, inputs, 5, 1, 0)
+    for name in want:
+        assert_close(name, got[name], want[name])
+
+
+def test_reference_by_hand():
+    """One token, one linear layer, no norm: written out from the equations with plain numbers."""
+    inputs = make_inputs(1, batch=1, heads=1, size=2, layers=1, norm=False)
+    q, k, v = (inputs[n][0, 0, 0] for n in "qkv")
+    theta, retain, eta = (inputs["theta"], inputs["log_retain"].exp(), inputs["log_eta"].exp())
+    weight, momentum = inputs["weight0"][0, 0], inputs["momentum0"][0, 0]
+    gradient = torch.outer(k, 2 * (k @ weight - v))
+    momentum = eta.item() * momentum - theta.item() * gradient
+    weight = retain.item() * weight + momentum
+    y, state = run(recurrent_neural_memory, inputs, start_state(inputs, 1))
+    assert_close("y", y[0, 0, 0], q @ weight)
+    assert_close("M", state.weights[0][0, 0], weight)
+    assert_close("S", state.momentum[0][0, 0], momentum)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("norm", [True, False])
+def test_gradcheck(layers, norm):
+    inputs = make_inputs(5, batch=1, heads=1, size=3, layers=layers, norm=norm)
+    names = [name for name, x in inputs.items() if x is not None]
+
+    def function(*leaves):
+        given = {**inputs, **dict(zip(names, leaves, strict=True))}
+        y, state = run(chunk_neural_memory, given, start_state(given, 2))
+        return (y, *state.weights, *state.momentum)
+
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names], eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 13, [3, 10], [5, 1, 7], [4, 4, 4, 1], [0, 13], [2, 0, 11]])
+def test_any_split_gives_one_calls_outputs(pieces):
+    inputs = make_inputs(13, layers=3)
+    want, want_state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK))
+    state, start, ys = start_state(inputs, CHUNK), 0, []
+    for piece in pieces:
+        y, state = run(chunk_neural_memory, inputs, state, start, start + piece)
+        ys.append(y)
+        start += piece
+    assert_close("y", torch.cat(ys, 1), want)
+    assert_states_close("state", state, want_state)
+
+
+def test_rows_at_positions_of_their_own():
+    """Rows of unequal lengths a call close their chunks at different steps."""
+    inputs = make_inputs(13, batch=3)
+    want, want_state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK))
+    state, seen = start_state(inputs, CHUNK), [0, 0, 0]
+    got = torch.zeros_like(want)
+    for upto in ([2, 5, 0], [3, 6, 1], [13, 13, 4], [13, 13, 13]):
+        counts = [b - a for a, b in zip(seen, upto, strict=True)]
+        piece = {"scale": inputs["scale"]}
+        for name in ("q", "k", "v", "theta", "log_retain", "log_eta"):
+            rows = torch.full((3, max(counts), *inputs[name].shape[2:]), -0.5, dtype=torch.float64)
+            for row, (a, b) in enumerate(zip(seen, upto, strict=True)):
+                rows[row, : b - a] = inputs[name][row, a:b].detach()
+            piece[name] = rows
+        y, state = run(chunk_neural_memory, piece, state, lengths=torch.tensor(counts))
+        for row, (a, b) in enumerate(zip(seen, upto, strict=True)):
+            got[row, a:b] = y[row, : b - a]
+            assert not y[row, b - a :].any(), "rows read zeros after their end"
+        seen = upto
+    assert_close("y", got, want)
+    assert_states_close("state", state, want_state)
+
+
+def test_read_does_not_write():
+    inputs = make_inputs(6)
+    y, state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK))
+    weights, _ = state.current()
+    assert_close("last y", read_neural_memory(inputs["q"], weights, inputs["scale"])[:, -1], y[:, -1])
+
+
+def test_float32_state_for_bfloat16_rows():
+    inputs = {n: x if x is None else x.detach().float() for n, x in make_inputs(9).items()}
+    state = start_state(inputs, CHUNK)
+    want, _ = run(chunk_neural_memory, inputs, state)
+    half = {n: x.bfloat16() if n in ("q", "k", "v") else x for n, x in inputs.items()}
+    y, state = run(chunk_neural_memory, half, state)
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert_close("y", y, want, torch.bfloat16)
+
+
+def refuse(message, change, **keywords):
+    inputs = {n: x if x is None else x.detach() for n, x in make_inputs(3).items()}
+    state = start_state(inputs, CHUNK)
+    inputs, state = change(inputs, state)
+    for function in (recurrent_neural_memory, chunk_neural_memory):
+        with pytest.raises(ValueError, match=message):
+            run(function, inputs, state, **(keywords if function is chunk_neural_memory else {}))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("built for batch 1 but the input has batch 2: take rows", lambda i, s: (i, s.select([0]))),
+        ("q, k, v must agree", lambda i, s: ({**i, "k": i["k"][:, :2]}, s)),
+        ("theta must be", lambda i, s: ({**i, "theta": i["theta"][:, :2]}, s)),
+        ("log_eta is absent but the state was started with it", lambda i, s: ({**i, "log_eta": None}, s)),
+        ("belongs to another layer", lambda i, s: (i, start_state(make_inputs(1, heads=1), CHUNK))),
+        ("belongs to another layer", lambda i, s: (i, start_state(make_inputs(1, size=2), CHUNK))),
+        ("3 layers but the gates are for 2", lambda i, s: (i, start_state(make_inputs(1, layers=3), CHUNK))),
+        ("the state is torch.float32", lambda i, s: (i, s.map(lambda t: t.float() if t.is_floating_point() else t))),
+        ("state is on meta", lambda i, s: (i, s.to("meta"))),
+    ],
+)
+def test_states_and_shapes_that_do_not_fit(message, change):
+    refuse(message, change)
+
+
+def test_lengths_out_of_range():
+    inputs = make_inputs(3)
+    with pytest.raises(ValueError, match="lengths must be"):
+        run(chunk_neural_memory, inputs, start_state(inputs, CHUNK), lengths=torch.tensor([4, 1]))
+
+
+def test_chunk_size_must_be_positive():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        NeuralMemoryState.initial([torch.zeros(1, 1, 2, 2)], 0)

@@ -1,0 +1,104 @@
+"""What the laws are tried on: a new model or layer joins by one line in SUBJECTS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from everlong import NeuralMemory, TitansConfig, TitansForCausalLM
+
+VOCABULARY = 11
+CHUNK = 4  # chunk of every memory below
+WINDOW = 6  # window of every sliding attention below
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that reads a sequence and can go on where it stopped."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    is_model: bool = True
+
+    def make(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The module, the same each time, with parameters away from their symmetric start."""
+        torch.manual_seed(0)
+        module = self.build().to(dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return module.eval()
+
+    def inputs(self, batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Token ids for a model, rows for a layer."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.is_model:
+            return torch.randint(VOCABULARY, (batch, tokens), generator=generator)
+        return torch.randn(batch, tokens, 8, generator=generator, dtype=torch.float64).to(dtype)
+
+    def changed(self, x: torch.Tensor, at: int) -> torch.Tensor:
+        """x with another token at one place."""
+        other = x.clone()
+        other[:, at] = (x[:, at] + 1) % VOCABULARY if self.is_model else x[:, at] + 1
+        return other
+
+    def read(self, module: nn.Module, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        """Logits or rows, and the state to go on from."""
+        if not self.is_model:
+            return module(x, state)
+        out = module(x, past_key_values=state, use_cache=True)
+        return out.logits, out.past_key_values
+
+    def leaves(self, state: Any) -> list[torch.Tensor]:
+        """The tensors of a state."""
+        if self.is_model:
+            state = [layer.state for layer in state.layers]
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if leaf is not None]
+
+    def select(self, state: Any, rows: list[int]) -> Any:
+        """The state of some rows (a model's cache changes in place)."""
+        if not self.is_model:
+            return state.select(rows)
+        state.batch_select_indices(torch.tensor(rows))
+        return state
+
+
+def layer(**options: Any) -> Callable[[], nn.Module]:
+    """A bare neural memory of width 8."""
+    return lambda: NeuralMemory(8, 2, expansion=2, chunk_size=CHUNK, max_learning_rate=0.5, **options)
+
+
+def titans(*layer_types: str, **options: Any) -> Callable[[], nn.Module]:
+    """A small Titans model with these layers."""
+    return lambda: TitansForCausalLM(
+        TitansConfig(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": len(layer_types),
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "layer_types": list(layer_types),
+                "sliding_window": WINDOW,
+                "chunk_size": CHUNK,
+                "memory_expansion": 2,
+                "max_memory_learning_rate": 0.5,
+            }
+            | options
+        )
+    )
+
+
+SUBJECTS = [
+    Subject("layer", layer(), is_model=False),
+    Subject("layer-linear", layer(depth=1), is_model=False),
+    Subject("layer-deep", layer(depth=3), is_model=False),
+    Subject("layer-bare", layer(conv_kernel=0, momentum=False, decay=False), is_model=False),
+    Subject("lmm", titans("lmm", "lmm")),
+    Subject("sliding", titans("sliding_attention", "sliding_attention")),
+    Subject("full", titans("full_attention")),
+    Subject("hybrid", titans("lmm", "sliding_attention", "full_attention")),
+]

@@ -1,0 +1,212 @@
+"""The laws that every layer and model of the library keeps, whatever is inside it.
+
+1 causal, 3 split, 4 row, 7 cache, 8 reach, 9 bounded, 10 round trip; law 2 (the fast form equals
+the reference) stands beside each op. 3, 4 and 7 hold in float64 to the tolerance table.
+"""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_close
+from subjects import CHUNK, SUBJECTS, VOCABULARY, WINDOW
+from transformers import AutoModelForCausalLM
+
+from everlong import NeuralMemory, NeuralMemoryState
+
+TOKENS = 3 * CHUNK + WINDOW + 3  # several chunks and windows, and a rest of neither
+EVERY = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+MODELS = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_model], ids=lambda s: s.name)
+
+
+@EVERY
+def test_law_1_causal(subject):
+    """Changing token s moves nothing before s, to the last bit, and something from s on."""
+    module, x = subject.make(), subject.inputs(2, TOKENS)
+    with torch.no_grad():
+        want, _ = subject.read(module, x)
+        for s in range(TOKENS):
+            got, _ = subject.read(module, subject.changed(x, s))
+            assert torch.equal(got[:, :s], want[:, :s]), f"token {s} moved an earlier output"
+            assert not torch.equal(got[:, s], want[:, s]), f"token {s} is not seen at all"
+
+
+@EVERY
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_law_3_split(subject, sizes):
+    """Any split into calls, mid-chunk and mid-window, gives one call's outputs."""
+    module = subject.make()
+    total = sum(sizes)
+    x = subject.inputs(2, total)
+    with torch.no_grad():
+        want, _ = subject.read(module, x)
+        state, pieces = None, []
+        for piece in x.split(sizes, 1):
+            y, state = subject.read(module, piece, state)
+            pieces.append(y)
+    assert_close("split", torch.cat(pieces, 1), want)
+
+
+@EVERY
+def test_law_3_single_tokens(subject):
+    module, x = subject.make(), subject.inputs(2, TOKENS)
+    with torch.no_grad():
+        want, _ = subject.read(module, x)
+        state, pieces = None, []
+        for token in x.split(1, 1):
+            y, state = subject.read(module, token, state)
+            pieces.append(y)
+    assert_close("token by token", torch.cat(pieces, 1), want)
+
+
+@EVERY
+def test_law_3_gradients_cross_calls(subject):
+    """The gradient through a carried state is the gradient of one call."""
+    module, x = subject.make(), subject.inputs(1, TOKENS)
+    weights = torch.randn(subject.read(module, x)[0].shape, dtype=torch.float64)
+    grads = []
+    for cuts in ([TOKENS], [CHUNK + 1, 1, TOKENS - CHUNK - 2]):
+        state, pieces = None, []
+        for piece in x.split(cuts, 1):
+            y, state = subject.read(module, piece, state)
+            pieces.append(y)
+        module.zero_grad()
+        (torch.cat(pieces, 1) * weights).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name])
+
+
+@EVERY
+def test_law_4_row(subject):
+    """A row alone equals the row in a batch, in outputs and gradients, and so does its state."""
+    module, x = subject.make(), subject.inputs(3, TOKENS)
+    with torch.no_grad():
+        want, state = subject.read(module, x)
+        more, _ = subject.read(module, x[:, :5], copy.deepcopy(state))
+        for row in range(3):
+            got, _ = subject.read(module, x[row : row + 1])
+            assert_close(f"row {row}", got, want[row : row + 1])
+        taken = subject.select(copy.deepcopy(state), [2, 0])
+        got, _ = subject.read(module, x[[2, 0], :5], taken)
+    assert_close("selected rows", got, more[[2, 0]])
+
+
+@MODELS
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_law_7_cache(subject, options):
+    """`generate` with and without the cache agree, over several chunks and windows."""
+    module = subject.make()
+    prompt = subject.inputs(2, CHUNK + 1)
+    asked = {"max_new_tokens": 2 * WINDOW + CHUNK, "do_sample": False, "pad_token_id": 0, **options}
+    asked["attention_mask"] = torch.ones_like(prompt)  # else generate takes token 0 for a pad
+    with_cache = module.generate(prompt, **asked)
+    assert with_cache.shape[1] == prompt.shape[1] + asked["max_new_tokens"]
+    assert torch.equal(with_cache, module.generate(prompt, use_cache=False, **asked))
+
+
+@MODELS
+def test_law_7_assisted_decoding_is_refused(subject):
+    module, helper = subject.make(), subject.make()
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        module.generate(subject.inputs(1, 3), assistant_model=helper, max_new_tokens=2)
+
+
+@EVERY
+def test_law_8_reach(subject):
+    """After several chunks every parameter has a gradient, from a fresh start."""
+    torch.manual_seed(0)
+    module = subject.build()
+    x = subject.inputs(2, TOKENS, dtype=torch.float32)
+    if subject.is_model:
+        loss = module(x, labels=x).loss
+    else:
+        loss = subject.read(module, x)[0].square().mean()
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} is out of reach"
+        if name.endswith("embed_tokens.weight"):
+            assert parameter.grad[x.unique()].abs().sum(1).all(), f"{name}: a token is out of reach"
+        else:
+            assert parameter.grad.abs().sum() > 0, f"{name} has a zero gradient"
+        assert parameter.grad.isfinite().all(), name
+
+
+def read_on(subject, module, tokens, dtype, piece=1000):
+    """Stream extreme inputs; the state after every piece must be finite."""
+    state = None
+    with torch.inference_mode():
+        for start in range(0, tokens, piece):
+            x = subject.inputs(1, piece, seed=start)
+            if not subject.is_model:
+                # Every magnitude up to 1e4, and stretches of one repeated row.
+                x = x * 10 ** torch.linspace(-4, 4, piece, dtype=torch.float64)[None, :, None]
+                x = (x.clamp(-1e4, 1e4) if start % 2000 else x[:, :1].expand_as(x) * 1e4).to(dtype)
+            y, state = subject.read(module, x, state)
+            assert y.isfinite().all(), f"outputs after {start + piece} tokens"
+            for leaf in subject.leaves(state):
+                assert leaf.isfinite().all(), f"the state after {start + piece} tokens"
+
+
+BOUNDED = [s for s in SUBJECTS if s.name in ("layer", "layer-linear", "layer-deep", "lmm", "hybrid")]
+
+
+@pytest.mark.parametrize("subject", BOUNDED, ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_law_9_bounded(subject, dtype):
+    tokens = 3_000 if subject.name == "hybrid" else 20_000  # full attention is quadratic
+    read_on(subject, subject.make(dtype), tokens, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", [s for s in BOUNDED if s.name != "hybrid"], ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_law_9_bounded_a_million(subject, dtype):
+    read_on(subject, subject.make(dtype), 1_000_000, dtype, piece=10_000)
+
+
+@MODELS
+def test_law_10_round_trip(subject, tmp_path):
+    """Save, load, continue equals continue; an optimizer step works right after loading."""
+    module, x = subject.make(), subject.inputs(2, TOKENS)
+    with torch.no_grad():
+        _, state = subject.read(module, x[:, :7])
+        want, _ = subject.read(module, x[:, 7:], copy.deepcopy(state))
+    module.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        got, _ = subject.read(loaded, x[:, 7:], state)
+    assert torch.equal(got, want)
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.1)
+    loaded.train()
+    loaded(x, labels=x).loss.backward()
+    optimizer.step()
+    for name, parameter in loaded.named_parameters():
+        before = module.get_parameter(name)
+        assert not torch.equal(parameter, before), f"{name} did not move"
+
+
+def test_law_10_memories_and_weights_of_the_layer(tmp_path):
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2, chunk_size=CHUNK)
+    x = torch.randn(2, 11, 8)
+    with torch.no_grad():
+        _, state = layer(x[:, :6])
+        want, _ = layer(x[:, 6:], state)
+        state.save(tmp_path / "memory.safetensors")
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        other = NeuralMemory(8, 2, chunk_size=CHUNK)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        got, _ = other(x[:, 6:], NeuralMemoryState.load(tmp_path / "memory.safetensors"))
+    assert torch.equal(got, want)
+
+
+def test_vocabulary_is_used():
+    """The inputs above cover every token, so that law 8 speaks of every embedding."""
+    assert len(SUBJECTS[4].inputs(2, TOKENS).unique()) == VOCABULARY

@@ -1,0 +1,120 @@
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from everlong.training.recipe import (
+    build_model_config,
+    build_training_arguments,
+    find_recipe,
+    known_recipes,
+    load_recipe,
+)
+
+
+def test_overrides_win_over_the_file_and_keep_the_rest(tiny_recipe):
+    overrides = ["--training.max_steps", "9", "--data.length=128", "--model.hidden_size=64"]
+    recipe = load_recipe(tiny_recipe(), [*overrides, "--seed", "3"])
+    assert recipe.training["max_steps"] == 9
+    assert recipe.training["per_device_train_batch_size"] == 2
+    assert (recipe.data.length, recipe.data.key_digits, recipe.seed) == (128, 5, 3)
+    assert recipe.model["hidden_size"] == 64
+    assert recipe.model["intermediate_size"] == 32
+    assert recipe.run_folder.as_posix() == "runs/tiny-llama"
+
+
+def test_a_saved_recipe_loads_as_the_same(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe("titans"), ["--training.learning_rate=1e-4"])
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_training_arguments_are_those_of_the_recipe(tiny_recipe):
+    arguments = build_training_arguments(
+        load_recipe(tiny_recipe(), ["--training.learning_rate", "1e-4", "--seed", "5"])
+    )
+    assert arguments.learning_rate == 1e-4
+    assert arguments.seed == 5
+    assert arguments.report_to == []
+
+
+def test_the_vocabulary_is_that_of_bytes(tiny_recipe):
+    config = build_model_config(load_recipe(tiny_recipe()))
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (259, 256, 258)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.max_step=3", "training.max_step: did you mean training.max_steps?"),
+        ("--training.max_steps=many", "max_steps.*int.*many"),
+        ("--training.max_steps=0", "training.max_steps must be given and positive.*got 0"),
+        ("--training.lr_scheduler_type=cosin", "cosin is not a valid.*cosine"),
+        ("--training.seed=1", "set seed at the top"),
+        ("--model.hiden_size=3", "model.hiden_size: did you mean model.hidden_size?"),
+        ("--model.hidden_size=wide", "hidden_size.*expected int, got str"),
+        ("--model.hidden_size=33", "33.*not a multiple"),
+        ("--model.type=lama", "model.type.*got 'lama': did you mean"),
+        ("--model.vocab_size=100", "vocab_size must be at least 259.*got 100"),
+        ("--data.lenth=3", "data.lenth: did you mean data.length?"),
+        ("--data.length=long", "data.length.*int.*long"),
+        ("--data.key_digits=0", "key_digits must be at least 1, got 0"),
+        ("--sed=3", "unknown field sed: did you mean seed?"),
+        ("--seed=few", "seed.*int.*few"),
+    ],
+)
+def test_a_wrong_field_is_named(tiny_recipe, override, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")) as error:
+        load_recipe(tiny_recipe(), [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {type: llama}\ndat: {}", "unknown field dat: did you mean data?"),
+        ("model: {type: llama}\ndata: {lenth: 3}", "data.lenth: did you mean data.length?"),
+        ("data: {}", "has no model"),
+        ("model: llama", "model must hold fields, got 'llama'"),
+        ("just text", "is not a recipe"),
+        ("model: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_explained(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_lists_the_known():
+    with pytest.raises(ValueError, match=r"unknown recipe 'no-such'.*needle-attention, needle-"):
+        find_recipe("no-such")
+
+
+@pytest.mark.parametrize("name", sorted(known_recipes()))
+def test_shipped_recipes_load_by_name(name):
+    assert load_recipe(name).name == name
+    assert find_recipe(f"recipes/{name}.yaml") is not None
+
+
+@pytest.mark.parametrize("suffix", ["", "-full"])
+def test_the_rivals_have_as_many_parameters_and_the_same_training(suffix):
+    names = [f"needle-{kind}{suffix}" for kind in ("lmm", "attention", "full-attention")]
+    recipes = [load_recipe(name) for name in names]
+    memory, *rivals = [
+        sum(each.numel() for each in _model(recipe).parameters()) for recipe in recipes
+    ]
+    for rival in rivals:
+        assert abs(rival - memory) < 0.005 * memory
+    assert all(recipe.data == recipes[0].data for recipe in recipes)
+    assert all(recipe.training == recipes[0].training for recipe in recipes)
+
+
+def _model(recipe):
+    return AutoModelForCausalLM.from_config(build_model_config(recipe))
+
+
+def test_recipes_do_not_point_outside():
+    for path in known_recipes().values():
+        assert not re.search(r"(/|~|https?:)", path.read_text().split("model:", 1)[1])

@@ -1,0 +1,145 @@
+import json
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from everlong.training import NonFiniteError, TrainingInterrupted, load_recipe, resume, train
+from everlong.training.progress import TrainingProgress
+from everlong.training.train import _FiniteGradients
+
+
+def run(path, folder, *overrides):
+    return load_recipe(path, ["--output_dir", str(folder), *overrides])
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_model_tokenizer_recipe_and_metrics(tiny_recipe, tmp_path):
+    folder = tmp_path / "run"
+    recipe = run(tiny_recipe("titans"), folder, "--seed=3")
+    result = train(recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == "titans"
+    assert AutoTokenizer.from_pretrained(folder)("hé")["input_ids"] == list("hé".encode())
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["parameters"] == model.num_parameters()
+    assert (result["steps"], result["tokens"], result["seed"]) == (6, 6 * 2 * 96, 3)
+    assert [line["step"] for line in lines(folder)] == [2, 4, 6]
+    assert lines(folder)[-1]["tokens"] == 6 * 2 * 96
+    assert lines(folder)[-1]["loss"] == result["loss"]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(tiny_recipe, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(run(tiny_recipe(), tmp_path / name, f"--seed={seed}"))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_the_length_curriculum_reaches_the_model(tiny_recipe, tmp_path, monkeypatch):
+    shapes = []
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def spy(self, input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    options = ["--data.length=192", "--data.start_length=96", "--data.growth_steps=4"]
+    accumulate = "--training.gradient_accumulation_steps=2"
+    train(run(tiny_recipe(), tmp_path / "run", *options, accumulate))
+    assert shapes == [(2, length) for length in (96, 128, 128, 160, 192, 192) for _ in range(2)]
+    assert [line["length"] for line in lines(tmp_path / "run")] == [128, 160, 192]
+
+
+def test_a_run_folder_is_not_overwritten_unasked(tiny_recipe, tmp_path):
+    recipe = run(tiny_recipe(max_steps=2), tmp_path / "run")
+    train(recipe)
+    with pytest.raises(ValueError, match=r"holds a run already: .*--resume .*--overwrite"):
+        train(recipe)
+    train(recipe, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds files of no run"):
+        train(run(tiny_recipe(), tmp_path / "mine"), overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resuming_equals_a_run_without_it(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    path = tiny_recipe("titans", max_steps=8, lr_scheduler_type="cosine")
+    train(run(path, tmp_path / "whole"))
+
+    on_step_end = TrainingProgress.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TrainingProgress, "on_step_end", interrupt)
+    with pytest.raises(TrainingInterrupted, match=r"checkpoint-5\. .*everlong train --resume"):
+        train(run(path, tmp_path / "cut"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "cut" / "result.json").exists()
+    monkeypatch.undo()
+
+    # As if the cut run had logged beyond its checkpoint before it was killed.
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "loss": 0.0, "seconds": 1.0}) + "\n")
+    result = resume(tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert result["tokens"] == 8 * 2 * 96
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [2, 4, 6, 8]
+    assert all(line["loss"] > 1 for line in lines(tmp_path / "cut"))
+
+
+def test_a_run_can_be_resumed_for_more_steps(tiny_recipe, tmp_path):
+    train(run(tiny_recipe(max_steps=2), tmp_path / "run"))
+    assert resume(tmp_path / "run", ["--training.max_steps=4"])["steps"] == 4
+
+
+def test_resuming_nothing_is_refused(tiny_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no recipe\.yaml"):
+        resume(tmp_path)
+    run(tiny_recipe(), tmp_path).save(tmp_path)
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        resume(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_recipe, tmp_path):
+    path = tiny_recipe(learning_rate=1e38, save_steps=1, lr_scheduler_type="constant")
+    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step 2; .*checkpoint-1"):
+        train(run(path, tmp_path / "run"))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_reaches_the_weights(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
+    arguments = SimpleNamespace(fp16=False, output_dir=str(tmp_path))
+    state = SimpleNamespace(global_step=7)
+    check = _FiniteGradients()
+    check.on_pre_optimizer_step(arguments, state, None, model=model)
+    model[1].weight.grad[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"gradient of 1\.weight is nan at step 8; no checkp"):
+        check.on_pre_optimizer_step(arguments, state, None, model=model)
