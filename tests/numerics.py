@@ -22,7 +22,9 @@ def assert_states_close(name, got, want, dtype=torch.float64):
     """Compare two pytrees of tensors leaf by leaf."""
     got_leaves = torch.utils._pytree.tree_leaves(got)
     want_leaves = torch.utils._pytree.tree_leaves(want)
-    assert len(got_leaves) == len(want_leaves), f"{name}: {len(got_leaves)} and {len(want_leaves)} leaves"
+    assert len(got_leaves) == len(want_leaves), (
+        f"{name}: {len(got_leaves)} and {len(want_leaves)} leaves"
+    )
     for index, (g, w) in enumerate(zip(got_leaves, want_leaves, strict=True)):
         if w is not None:
             assert_close(f"{name}[{index}]", g, w, dtype)

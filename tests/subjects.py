@@ -31,7 +31,9 @@ class Subject:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return module.eval()
 
-    def inputs(self, batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    def inputs(
+        self, batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
         """Token ids for a model, rows for a layer."""
         generator = torch.Generator().manual_seed(seed)
         if self.is_model:

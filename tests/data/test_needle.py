@@ -69,9 +69,7 @@ def test_depth_can_be_asked_for():
 
 def test_depths_and_keys_spread_evenly():
     samples = [dataset(400)[i] for i in range(400)]
-    assert torch.tensor([sample["depth"] for sample in samples]).mean() == pytest.approx(
-        0.5, abs=0.06
-    )
+    assert torch.tensor([sample["depth"] for sample in samples]).mean() == pytest.approx(0.5, abs=0.06)
     first_digits = [answers_of(sample)[0][0] for sample in samples]
     assert all(20 <= first_digits.count(digit) <= 60 for digit in "0123456789")
 

@@ -45,7 +45,9 @@ def outputs_and_gradients(function, inputs, tokens, chunk_size, first):
     return results
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(n for n, on in s.items() if on) or "none")
+@pytest.mark.parametrize(
+    "switches", SWITCHES, ids=lambda s: "-".join(n for n, on in s.items() if on) or "none"
+)
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
 @pytest.mark.parametrize("first", [0, 2])
@@ -166,11 +168,20 @@ def refuse(message, change, **keywords):
         ("built for batch 1 but the input has batch 2: take rows", lambda i, s: (i, s.select([0]))),
         ("q, k, v must agree", lambda i, s: ({**i, "k": i["k"][:, :2]}, s)),
         ("theta must be", lambda i, s: ({**i, "theta": i["theta"][:, :2]}, s)),
-        ("log_eta is absent but the state was started with it", lambda i, s: ({**i, "log_eta": None}, s)),
+        (
+            "log_eta is absent but the state was started with it",
+            lambda i, s: ({**i, "log_eta": None}, s),
+        ),
         ("belongs to another layer", lambda i, s: (i, start_state(make_inputs(1, heads=1), CHUNK))),
         ("belongs to another layer", lambda i, s: (i, start_state(make_inputs(1, size=2), CHUNK))),
-        ("3 layers but the gates are for 2", lambda i, s: (i, start_state(make_inputs(1, layers=3), CHUNK))),
-        ("the state is torch.float32", lambda i, s: (i, s.map(lambda t: t.float() if t.is_floating_point() else t))),
+        (
+            "3 layers but the gates are for 2",
+            lambda i, s: (i, start_state(make_inputs(1, layers=3), CHUNK)),
+        ),
+        (
+            "the state is torch.float32",
+            lambda i, s: (i, s.map(lambda t: t.float() if t.is_floating_point() else t)),
+        ),
         ("state is on meta", lambda i, s: (i, s.to("meta"))),
     ],
 )

@@ -102,9 +102,7 @@ def test_shipped_recipes_load_by_name(name):
 def test_the_rivals_have_as_many_parameters_and_the_same_training(suffix):
     names = [f"needle-{kind}{suffix}" for kind in ("lmm", "attention", "full-attention")]
     recipes = [load_recipe(name) for name in names]
-    memory, *rivals = [
-        sum(each.numel() for each in _model(recipe).parameters()) for recipe in recipes
-    ]
+    memory, *rivals = [sum(each.numel() for each in _model(recipe).parameters()) for recipe in recipes]
     for rival in rivals:
         assert abs(rival - memory) < 0.005 * memory
     assert all(recipe.data == recipes[0].data for recipe in recipes)

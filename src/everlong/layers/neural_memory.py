@@ -33,7 +33,8 @@ class NeuralMemory(nn.Module):
         residual_norm: M(x) = x + scale * LN(MLP(x)); False is the plain MLP, which may diverge.
         max_learning_rate: theta lies below max_learning_rate / chunk_size * (1 - eta): a chunk's
             gradients add up, and momentum multiplies them by up to 1 / (1 - eta).
-        initial_alpha, initial_eta: values of the gates in a fresh layer, in (0, 1).
+        initial_alpha, initial_eta, initial_theta: values of the gates in a fresh layer, in (0, 1);
+            theta's is the share of its upper bound.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -54,6 +55,7 @@ class NeuralMemory(nn.Module):
         max_learning_rate: float = 2.0,
         initial_alpha: float = 1e-4,
         initial_eta: float = 0.5,
+        initial_theta: float = 0.5,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -76,7 +78,11 @@ class NeuralMemory(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if max_learning_rate <= 0:
             raise ValueError(f"max_learning_rate must be positive, got {max_learning_rate}")
-        for name, gate in (("initial_alpha", initial_alpha), ("initial_eta", initial_eta)):
+        for name, gate in (
+            ("initial_alpha", initial_alpha),
+            ("initial_eta", initial_eta),
+            ("initial_theta", initial_theta),
+        ):
             if not 0 < gate < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
@@ -84,6 +90,7 @@ class NeuralMemory(nn.Module):
         self.momentum, self.decay = momentum, decay
         self.max_learning_rate = max_learning_rate
         self.initial_alpha, self.initial_eta = initial_alpha, initial_eta
+        self.initial_theta = initial_theta
 
         width = num_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
@@ -112,7 +119,7 @@ class NeuralMemory(nn.Module):
             nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
         if self.memory_scale is not None:
             nn.init.ones_(self.memory_scale)
-        nn.init.zeros_(self.theta_proj.bias)
+        nn.init.constant_(self.theta_proj.bias, _logit(self.initial_theta))
         if self.alpha_proj is not None:
             nn.init.constant_(self.alpha_proj.bias, _logit(self.initial_alpha))
         if self.eta_proj is not None:
@@ -141,11 +148,8 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
         if state is None:
             state = self.initial_state(x.shape[0], x.dtype)
-        elif state.chunk_size != self.chunk_size:
-            raise ValueError(
-                f"state was built with chunk_size {state.chunk_size} but the layer has "
-                f"{self.chunk_size}: it belongs to another layer or model"
-            )
+        else:
+            self._check_state(state)
         q, k, v, tail = self._rows(x, state.conv_tail)
         theta, log_retain, log_eta = self._gates(x, state.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -154,6 +158,16 @@ class NeuralMemory(nn.Module):
             )
         y = self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x))
         return self.o_proj(y), replace(state, conv_tail=tail)
+
+    def _check_state(self, state: NeuralMemoryState) -> None:
+        """Refuse a state whose memory is not this layer's (the op checks batch, type and device)."""
+        got = [list(w.shape[1:]) for w in state.weights]
+        want = [list(w.shape) for w in self.memory_init]
+        if state.chunk_size != self.chunk_size or got != want:
+            raise ValueError(
+                f"state was built with chunk_size {state.chunk_size} and memory weights {got} but the "
+                f"layer has {self.chunk_size} and {want}: it belongs to another layer or model"
+            )
 
     def _rows(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [B, T, H, K] and the convolution's tail."""

@@ -32,7 +32,8 @@ class TitansConfig(PreTrainedConfig):
         memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
         max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
-        initial_alpha, initial_eta: the forgetting and the momentum of a fresh model.
+        initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
+            its upper end).
     """
 
     model_type = "titans"
@@ -59,6 +60,7 @@ class TitansConfig(PreTrainedConfig):
     max_memory_learning_rate: float = 2.0
     initial_alpha: float = 1e-4
     initial_eta: float = 0.5
+    initial_theta: float = 0.5
     hidden_act: str = "silu"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6

@@ -34,6 +34,7 @@ class MemoryMixer(nn.Module):
             max_learning_rate=config.max_memory_learning_rate,
             initial_alpha=config.initial_alpha,
             initial_eta=config.initial_eta,
+            initial_theta=config.initial_theta,
             norm_eps=config.rms_norm_eps,
         )
 

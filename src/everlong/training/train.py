@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from everlong.data import NeedleDataset, byte_tokenizer, needle_datasets
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
@@ -158,7 +160,25 @@ def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class _Trainer(Trainer):
-    """The Trainer, but it stops at a loss that is not finite."""
+    """The Trainer, but it stops at a loss that is not finite, and resumes models of any layer type
+    with all of their weights."""
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
+    ) -> None:
+        # The Trainer's own reads config.json by a base class that refuses layer types it does not
+        # know, and loads whatever weights happen to fit.
+        file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
+        if self.is_fsdp_enabled or not file.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        try:
+            load_model(model or self.model, file)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit the recipe's model: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

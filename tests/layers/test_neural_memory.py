@@ -1,0 +1,108 @@
+"""The layer's options, start and refusals (its laws stand in test_laws.py)."""
+
+import pytest
+import torch
+from numerics import assert_close
+
+from everlong import NeuralMemory
+
+
+def test_reads_and_continues():
+    layer = NeuralMemory(hidden_size=12, num_heads=3, chunk_size=4)
+    x = torch.randn(2, 9, 12)
+    y, state = layer(x)
+    assert y.shape == x.shape
+    assert state.position.tolist() == [1, 1]
+    assert layer(x[:, :0], state)[0].shape == (2, 0, 12)
+
+
+def test_sizes_of_the_memory():
+    layer = NeuralMemory(12, 3, head_dim=5, depth=3, expansion=2)
+    assert [tuple(w.shape) for w in layer.memory_init] == [(3, 5, 10), (3, 10, 10), (3, 10, 5)]
+    assert [tuple(w.shape) for w in NeuralMemory(12, 3, depth=1).memory_init] == [(3, 4, 4)]
+
+
+def test_a_fresh_layer_has_the_gates_it_was_told():
+    layer = NeuralMemory(8, 2, initial_alpha=0.01, initial_eta=0.75, initial_theta=0.2, chunk_size=16)
+    theta, log_retain, log_eta = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    assert_close("alpha", 1 - log_retain.exp(), torch.full_like(theta, 0.01), torch.float32)
+    assert_close("eta", log_eta.exp(), torch.full_like(theta, 0.75), torch.float32)
+    want = layer.max_learning_rate / 16 * 0.25 * 0.2
+    assert_close("theta", theta, torch.full_like(theta, want), torch.float32)
+
+
+def test_theta_never_exceeds_its_bound():
+    layer = NeuralMemory(8, 2, chunk_size=4)
+    theta, _, log_eta = layer._gates(1e4 * torch.randn(1, 50, 8), torch.float32)
+    assert (theta >= 0).all()
+    assert (theta <= layer.max_learning_rate / 4 * (1 - log_eta.exp()) + 1e-6).all()
+
+
+def test_keys_and_queries_have_unit_length():
+    layer = NeuralMemory(8, 2).double()
+    q, k, _, _ = layer._rows(100 * torch.randn(1, 7, 8, dtype=torch.float64), None)
+    ones = torch.ones(1, 7, 2, dtype=torch.float64)
+    assert_close("q", q.norm(dim=-1), ones, torch.float32)
+    assert_close("k", k.norm(dim=-1), ones, torch.float32)
+
+
+def test_states_stay_in_float32_under_autocast():
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2, chunk_size=4)
+    x = torch.randn(1, 9, 8)
+    want, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert state.dtype == torch.float32
+    assert (y - want).norm() < 0.03 * want.norm()
+
+
+def test_memory_learns_what_it_reads():
+    """The point of it all: a pair read often is recalled better than before."""
+    torch.manual_seed(0)
+    layer = NeuralMemory(16, 1, chunk_size=1, conv_kernel=0, max_learning_rate=0.5)
+    x = torch.randn(1, 1, 16)
+    state = layer.initial_state(1)
+    _, k, v, _ = layer._rows(x, None)
+    from everlong.ops import read_neural_memory
+
+    errors = []
+    for _ in range(30):
+        recalled = read_neural_memory(k, state.weights, layer.memory_scale)
+        errors.append((recalled - v).square().sum().item())
+        _, state = layer(x, state)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("not a multiple of num_heads", {"hidden_size": 8, "num_heads": 3}),
+        ("num_heads", {"hidden_size": 8, "num_heads": 0}),
+        ("depth must be at least 1, got 0", {"depth": 0}),
+        ("expansion must be at least 1", {"expansion": 0}),
+        ("chunk_size must be at least 1", {"chunk_size": 0}),
+        ("conv_kernel must be at least 0", {"conv_kernel": -1}),
+        ("initial_alpha must lie between 0 and 1, got 0", {"initial_alpha": 0.0}),
+        ("max_learning_rate must be positive", {"max_learning_rate": 0.0}),
+    ],
+)
+def test_sizes_that_do_not_fit(message, options):
+    with pytest.raises(ValueError, match=message):
+        NeuralMemory(**{"hidden_size": 8, "num_heads": 2} | options)
+
+
+def test_inputs_and_states_that_do_not_fit():
+    layer = NeuralMemory(8, 2, chunk_size=4)
+    with pytest.raises(ValueError, match=r"x must be \[B, T, 8\], got \[2, 3, 7\]"):
+        layer(torch.randn(2, 3, 7))
+    with pytest.raises(ValueError, match="chunk_size 8 .* but the layer has 4"):
+        layer(torch.randn(2, 3, 8), NeuralMemory(8, 2, chunk_size=8).initial_state(2))
+    with pytest.raises(ValueError, match="batch 1 but the input has batch 2"):
+        layer(torch.randn(2, 3, 8), layer.initial_state(1))
+    with pytest.raises(ValueError, match="belongs to another layer"):
+        layer(torch.randn(2, 3, 8), NeuralMemory(8, 4, chunk_size=4).initial_state(2))
+    with pytest.raises(ValueError, match="belongs to another layer"):
+        layer(torch.randn(2, 3, 8), NeuralMemory(8, 2, expansion=2, chunk_size=4).initial_state(2))
+    with pytest.raises(ValueError, match="the state is torch.float32"):
+        layer.double()(torch.randn(2, 3, 8).double(), NeuralMemory(8, 2, chunk_size=4).initial_state(2))

@@ -1,0 +1,169 @@
+"""Titans as a `transformers` model: configuration, files, training, caches, refusals."""
+
+import copy
+
+import pytest
+import torch
+from numerics import assert_close
+from subjects import titans
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from everlong import TitansConfig, TitansForCausalLM, TitansModel
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return titans("lmm", "sliding_attention")().double().eval()
+
+
+def test_auto_classes(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), TitansConfig)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), TitansForCausalLM)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), TitansModel)
+    assert AutoConfig.for_model("titans", num_hidden_layers=3).layer_types == ["lmm"] * 3
+
+
+def test_from_config_initialises_as_the_layer_does():
+    """post_init must not undo the layer's own start."""
+    model = titans("lmm", initial_alpha=0.25, initial_theta=0.125)()
+    memory = model.model.layers[0].mixer.memory
+    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.25), torch.float32)
+    assert_close("theta", memory.theta_proj.bias.sigmoid(), torch.full((4,), 0.125), torch.float32)
+    assert memory.memory_init[0].std() > 0.1
+    assert memory.q_proj.weight.std() < 0.1
+
+
+def test_a_checkpoint_with_missing_parameters_gets_a_proper_start(tmp_path):
+    model = titans("lmm")()
+    model.save_pretrained(
+        tmp_path,
+        state_dict={
+            name: value for name, value in model.state_dict().items() if ".memory." not in name
+        },
+    )
+    loaded = TitansForCausalLM.from_pretrained(tmp_path)
+    memory = loaded.model.layers[0].mixer.memory
+    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 1e-4), torch.float32)
+    assert memory.memory_scale.eq(1).all()
+    assert all(p.isfinite().all() and p.abs().max() < 10 for p in loaded.parameters())
+
+
+def test_loss_is_the_mean_over_labels(model):
+    ids = torch.randint(11, (2, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    out = model(ids, labels=labels)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    want = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    assert_close("loss", out.loss, want, torch.float32)
+    halved = model(ids, labels=labels, num_items_in_batch=torch.tensor(20)).loss
+    assert_close("loss over accumulated batches", halved, want / 2, torch.float32)
+
+
+def test_inputs_embeds_equal_input_ids(model):
+    ids = torch.randint(11, (2, 9))
+    got = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    assert torch.equal(got, model(ids).logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+
+
+def test_logits_to_keep(model):
+    ids = torch.randint(11, (2, 9))
+    want = model(ids).logits
+    assert_close("last", model(ids, logits_to_keep=2).logits, want[:, -2:])
+    picked = model(ids, logits_to_keep=torch.tensor([1, 4])).logits
+    assert_close("picked", picked, want[:, [1, 4]])
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    ids = torch.randint(11, (2, 9))
+    grads = []
+    for on in (False, True):
+        model.train()
+        if on:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name])
+
+
+def test_tied_embeddings(tmp_path):
+    model = titans("lmm", tie_word_embeddings=True)()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = TitansForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_generate_continues_from_a_cache(model):
+    """A prompt read before, in a cache, is not read again."""
+    ids = torch.randint(1, 11, (1, 9))
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    got = model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, want)
+    cache.reset()
+    assert torch.equal(
+        model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False), want
+    )
+
+
+def test_sampling_and_beams_run(model):
+    ids = torch.randint(1, 11, (2, 5))
+    for options in (
+        {"do_sample": True},
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+    ):
+        rows = 2 * options.get("num_return_sequences", 1)
+        assert model.generate(ids, max_new_tokens=3, **options).shape == (rows, 8)
+
+
+def test_cache_detach_cuts_gradients(model):
+    ids = torch.randint(11, (1, 9))
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    model(ids[:, 5:], past_key_values=cache.detach(), labels=ids[:, 5:]).loss.backward()
+
+
+def refused(model, message, **arguments):
+    with pytest.raises(ValueError, match=message):
+        model(torch.randint(11, (2, 5)), **arguments)
+
+
+def test_what_is_not_supported_is_refused(model):
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, 0] = 0
+    refused(model, "padding is not supported", attention_mask=mask)
+    refused(model, "packed documents", position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
+    refused(model, "must be a TitansCache, got DynamicCache", past_key_values=DynamicCache())
+    cache = model(torch.randint(11, (1, 3)), use_cache=True).past_key_values
+    refused(model, "batch 1 but the input has batch 2", past_key_values=cache)
+    other = titans("lmm")().double()(torch.randint(11, (2, 3)), use_cache=True).past_key_values
+    refused(model, "1 layers but the model 2", past_key_values=other)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="does not hold a memory"):
+        model.generate(torch.randint(1, 11, (1, 3)), cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("unknown layer_types", {"layer_types": ["lmm", "mamba"]}),
+        ("names 1 layers but num_hidden_layers is 2", {"layer_types": ["lmm"]}),
+        ("not a multiple of num_attention_heads", {"num_attention_heads": 7}),
+        ("not a multiple of num_key_value_heads", {"num_key_value_heads": 3}),
+        ("head_dim must be even", {"head_dim": 3}),
+        ("sliding_window must be at least 1", {"sliding_window": 0}),
+        ("hidden_size", {"hidden_size": "wide"}),
+    ],
+)
+def test_configurations_that_do_not_fit(message, fields):
+    with pytest.raises(Exception, match=message):
+        TitansConfig(**{"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 8} | fields)

@@ -1,0 +1,156 @@
+"""The command line, end to end on tiny models."""
+
+import io
+import json
+import re
+import signal
+
+import pytest
+from transformers.utils import logging
+
+from everlong.cli import main, parse_lengths
+from everlong.training.progress import TrainingProgress
+
+
+@pytest.fixture(autouse=True)
+def _loud_again():
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def model(tiny_recipe, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert main(["train", str(tiny_recipe("titans")), "--output_dir", str(folder)]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def error_of(arguments, capsys):
+    """The one line on stderr of a command that fails."""
+    assert main([str(each) for each in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("everlong: error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_no_arguments_print_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for command in ("train", "eval", "generate", "demo"):
+        assert re.search(rf"^ +{command} ", out, re.MULTILINE)
+
+
+def test_train_eval_and_generate(tiny_recipe, tmp_path, capsys):
+    folder, out = tmp_path / "run", tmp_path / "out"
+    arguments = ["train", tiny_recipe("titans"), "--output_dir", folder, "--training.max_steps=4"]
+    assert main([str(each) for each in arguments]) == 0
+    assert f"The model is in {folder}" in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["steps"] == 4
+
+    arguments = ["eval", folder, folder / "checkpoint-4", "--lengths", "96,128", "--samples", "3"]
+    assert main([str(each) for each in [*arguments, "--out", out]]) == 0
+    assert "tiny-titans" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [each["length"] for each in results["models"][1]["scores"]] == [96, 128]
+    assert results["models"][0]["training_length"] == 96
+    assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
+
+    assert main(["generate", str(folder), "--prompt", "The king", "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip("\n")
+
+
+def test_resume(tiny_recipe, tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["train", str(tiny_recipe()), "--output_dir", folder]) == 0
+    assert main(["train", "--resume", folder, "--training.max_steps", "8"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 8
+    assert "holds a run already" in error_of(["train", tiny_recipe(), "--output_dir", folder], capsys)
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(tiny_recipe, tmp_path, capsys, monkeypatch):
+    def interrupt(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "on_step_end", interrupt)
+    folder = tmp_path / "run"
+    assert main(["train", str(tiny_recipe()), "--output_dir", str(folder)]) == 130
+    error = capsys.readouterr().err
+    assert f"the last checkpoint is {folder / 'checkpoint-1'}" in error
+    assert f"everlong train --resume {folder}" in error
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tiny_recipe, tmp_path, capsys):
+    path = tiny_recipe(learning_rate=1e38, lr_scheduler_type="constant")
+    assert main(["train", str(path), "--output_dir", str(tmp_path / "run")]) == 1
+    assert re.search(r"training stopped: the loss is \w+ at step 2", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "give either a recipe or --resume"),
+        (["train", "no-such"], "unknown recipe 'no-such': .*needle-attention.*needle-lmm"),
+        (["train", "needle-lmm", "--training.max_step", "3"], "did you mean training.max_steps"),
+        (["train", "needle-lmm", "--data.source", "/no/such", "--output_dir", "OUT"], "/no/such"),
+        (["train", "--resume", "/no/such"], "/no/such is not a run folder"),
+        (["eval", "/no/such", "--out", "OUT"], "/no/such holds no model"),
+        (["eval", "MODEL", "--out", "OUT", "--tasks", "noodle"], "unknown task 'noodle': .*needle"),
+        (["eval", "MODEL", "--out", "OUT", "--lengths", "1k,x"], "512,1k,2k, got 'x'"),
+        (["eval", "MODEL", "--out", "OUT", "--lengths", "10"], "length 10 is too short"),
+        (["generate", "/no/such", "--prompt", "a"], "holds no model"),
+        (["generate", "MODEL", "--prompt", ""], "the prompt is empty"),
+        (["generate", "MODEL", "--prompt_file", "/no/such"], "/no/such does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, model, tmp_path, capsys):
+    names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    assert re.search(message, error_of([names.get(each, each) for each in arguments], capsys))
+
+
+def test_an_unfinished_run_is_told_from_a_missing_one(tiny_recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    arguments = ["generate", tmp_path / "run", "--prompt", "a"]
+    assert "training has not finished" in error_of(arguments, capsys)
+
+
+def test_a_damaged_model_is_one_line(model, capsys):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded" in error_of(["generate", model, "--prompt", "a"], capsys)
+
+
+def test_a_prompt_beyond_an_attention_models_limit_is_refused(tiny_recipe, tmp_path, capsys):
+    folder = tmp_path / "run"
+    limit = "--model.max_position_embeddings=100"
+    assert main(["train", str(tiny_recipe()), "--output_dir", str(folder), limit]) == 0
+    error = error_of(["generate", folder, "--prompt", "a" * 95, "--max_new_tokens", "9"], capsys)
+    assert "are 104 tokens, but this model takes 100 at most" in error
+
+
+def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
+    model, tmp_path, capsys, monkeypatch
+):
+    def generated(*options):
+        assert main(["generate", str(model), "--max_new_tokens", "20", *options]) == 0
+        return capsys.readouterr().out
+
+    prompt = "Tell me, " * 300
+    (tmp_path / "prompt.txt").write_text(prompt)
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
+    assert generated("--prompt", "-") == generated("--prompt", prompt)
+    assert generated("--prompt_file", str(tmp_path / "prompt.txt")) == generated("--prompt", prompt)
+    warm = ["--prompt", "a", "--temperature", "1", "--seed"]
+    assert generated(*warm, "1") == generated(*warm, "1")
+    assert generated(*warm, "1") != generated(*warm, "2")
+
+
+def test_lengths():
+    assert parse_lengths("512,1k, 2K") == [512, 1024, 2048]
+    for wrong in ("", "0", "k", "1m", "-5", "1.5k"):
+        with pytest.raises(ValueError, match="lengths are token numbers"):
+            parse_lengths(wrong)

@@ -1,0 +1,60 @@
+import json
+
+from everlong.demo import FULL, SHORT, Entry, run_demo
+from everlong.training import known_recipes
+
+
+def test_the_plans_name_recipes_that_exist():
+    assert {entry.recipe for entry in SHORT + FULL} <= set(known_recipes())
+    assert max(SHORT[0].lengths) == 16 * 1024
+    assert max(FULL[0].lengths) == 128 * 1024
+    assert len(FULL[0].seeds) == 3
+
+
+def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, capsys):
+    entries = (
+        Entry(str(tiny_recipe("titans")), (96, 128)),
+        Entry(str(tiny_recipe("llama")), (96,)),
+    )
+    out = tmp_path / "demo"
+    run_demo(entries=entries, out=out, samples=3)
+    text = capsys.readouterr().out
+    assert "what training cost" in text
+    assert "whole key right" in text
+    results = json.loads((out / "results.json").read_text())
+    assert [model["name"] for model in results["models"]] == ["tiny-titans", "tiny-llama"]
+    assert [model["seed"] for model in results["models"]] == [0, 0]
+    assert results["models"][0]["about"]["tokens"] == 6 * 2 * 96
+    assert set(results["phases"]) == {
+        f"{phase} tiny-{model}, seed 0"
+        for phase in ("train", "evaluate")
+        for model in ("titans", "llama")
+    }
+    assert results["provenance"]["date"]
+    assert (out / "needle.md").read_text().startswith("| tokens | tiny-titans | tiny-llama |")
+    assert (out / "needle.png").exists()
+
+    trained = (out / "tiny-llama-seed0" / "result.json").stat().st_mtime_ns
+    run_demo(entries=entries[1:], out=out, samples=3)
+    assert (out / "tiny-llama-seed0" / "result.json").stat().st_mtime_ns > trained
+
+
+def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
+    entries = (Entry(str(tiny_recipe(save_steps=2)), (96,), seeds=(0, 1)),)
+    out = tmp_path / "demo"
+    first = run_demo(full=True, entries=entries, out=out, samples=3)
+
+    done, cut = out / "tiny-llama-seed0", out / "tiny-llama-seed1"
+    times = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
+    for left_by_a_stopped_run in ("result.json", "needle.json", "model.safetensors"):
+        (cut / left_by_a_stopped_run).unlink()
+    checkpoints = {path.name for path in cut.glob("checkpoint-*")}
+    second = run_demo(full=True, entries=entries, out=out, samples=3)
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == times
+    assert {path.name for path in cut.glob("checkpoint-*")} == checkpoints
+    exact = [[score.exact for score in report.scores] for report in first]
+    assert [[score.exact for score in report.scores] for report in second] == exact
+
+    tiny_recipe(max_steps=2, save_steps=2)
+    third = run_demo(full=True, entries=entries, out=out, samples=3)
+    assert [report.about["steps"] for report in third] == [2, 2]
