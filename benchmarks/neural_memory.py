@@ -146,9 +146,7 @@ def largest_error() -> float:
         memory, surprise = state.current()
         results = [y, *memory, *surprise]
         if not weight_of:
-            weight_of.extend(
-                torch.randn(r.shape, dtype=r.dtype, generator=generator) for r in results
-            )
+            weight_of.extend(torch.randn(r.shape, dtype=r.dtype, generator=generator) for r in results)
         total = sum((r * w).sum() for r, w in zip(results, weight_of, strict=True))
         return [*results, *torch.autograd.grad(total, inputs)]
 

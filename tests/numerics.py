@@ -7,7 +7,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 
 def assert_close(name, got, want, dtype=torch.float64):
-    """Fail with the name and the largest difference when `got` is not `want` to the table's tolerance."""
+    """Fail, with name and largest difference, when `got` is not `want` to the table."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
     if not want.numel():
         return

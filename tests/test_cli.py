@@ -8,7 +8,7 @@ import signal
 import pytest
 from transformers.utils import logging
 
-from everlong.cli import main, parse_lengths
+from everlong.cli import main, parse_lengths, split_overrides
 from everlong.training.progress import TrainingProgress
 
 
@@ -57,6 +57,11 @@ def test_train_eval_and_generate(tiny_recipe, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert [each["length"] for each in results["models"][1]["scores"]] == [96, 128]
     assert results["models"][0]["training_length"] == 96
+    assert (
+        (out / "needle.md")
+        .read_text()
+        .startswith("| tokens | tiny-titans | tiny-titans checkpoint-4 |")
+    )
     assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(["generate", str(folder), "--prompt", "The king", "--max_new_tokens", "5"]) == 0
@@ -147,6 +152,15 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
     warm = ["--prompt", "a", "--temperature", "1", "--seed"]
     assert generated(*warm, "1") == generated(*warm, "1")
     assert generated(*warm, "1") != generated(*warm, "2")
+
+
+def test_fields_of_the_recipe_are_told_from_options():
+    known = ["train", "--resume", "a", "--overwrite"]
+    fields = ["--training.max_steps", "8", "--model.x=-1", "--model.y", "-1", "--seed", "3"]
+    mixed = ["train", *fields[:2], *known[1:3], *fields[2:], "--overwrite"]
+    assert split_overrides(mixed) == (known, fields)
+    assert split_overrides(["train", "r", "--x"]) == (["train", "r"], ["--x"])
+    assert split_overrides(["eval", "--x", "3"]) == (["eval", "--x", "3"], [])
 
 
 def test_lengths():

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_close
-from subjects import CHUNK, SUBJECTS, VOCABULARY, WINDOW
 from transformers import AutoModelForCausalLM
 
 from everlong import NeuralMemory, NeuralMemoryState
+from numerics import assert_close
+from subjects import CHUNK, SUBJECTS, VOCABULARY, WINDOW
 
 TOKENS = 3 * CHUNK + WINDOW + 3  # several chunks and windows, and a rest of neither
 EVERY = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)

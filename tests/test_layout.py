@@ -23,6 +23,7 @@ ALLOWED = {
     "evaluation": ON_TOP,
     "demo": ON_TOP | {".training", ".evaluation"},
     "cli": ON_TOP | {".training", ".evaluation", ".demo"},
+    "__main__": {".cli"},
     "__init__": {".layers", ".models", ".ops"},
 }
 ANY_PACKAGE = "*"

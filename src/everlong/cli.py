@@ -6,24 +6,25 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 TASKS = ("needle",)
+TRAIN_OPTIONS = ("--help", "--resume", "--overwrite")
 PREFILL_PIECE = 2048
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv if not given) and return the exit code."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
+    known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(known)
     if options.command is None:
         parser.print_help()
         return 0
-    if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.overrides = rest
+    options.overrides = overrides
     try:
         _quiet()
         return options.run(options)
@@ -98,6 +99,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of the command itself, and for `train` the recipe's fields among them.
+
+    A field is --NAME=VALUE or --NAME VALUE with any name that is no option of `train`; argparse
+    would take such a VALUE for the recipe.
+    """
+    if list(arguments[:1]) != ["train"]:
+        return list(arguments), []
+    known, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if not name.startswith("--") or name in TRAIN_OPTIONS:
+            known.append(argument)
+        elif equals:
+            overrides.append(argument)
+        else:
+            overrides += [argument, *itertools.islice(rest, 1)]
+    return known, overrides
+
+
 def parse_lengths(text: str) -> list[int]:
     """The numbers of tokens in a list: "512,1k,2k" -> [512, 1024, 2048]."""
     lengths = []
@@ -142,6 +164,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluate_needle_folder,
         plot_needle,
         print_needle_table,
+        write_markdown,
         write_results,
     )
 
@@ -159,8 +182,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
         write_results(out / "results.json", reports, seed=options.seed)
     print_needle_table(reports)
+    write_markdown(out / "needle.md", reports)
     plot_needle(out / "needle.png", reports)
-    print(f"written: {out / 'results.json'}, {out / 'needle.png'}")
+    print(f"written: {out / 'results.json'}, {out / 'needle.md'}, {out / 'needle.png'}")
     return 0
 
 

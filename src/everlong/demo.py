@@ -44,11 +44,11 @@ class Entry:
 TO_16K = (512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
 TO_128K = (*TO_16K, 32 * K, 64 * K, 128 * K)
 SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
-# Full attention stops at 16K: its time a sample grows with the square of the length.
+# Full attention stops at 32K: its time a sample grows with the square of the length.
 FULL = (
     Entry("needle-lmm-full", TO_128K, seeds=(0, 1, 2)),
     Entry("needle-attention-full", TO_128K, seeds=(0, 1, 2)),
-    Entry("needle-full-attention-full", TO_16K, seeds=(0, 1, 2)),
+    Entry("needle-full-attention-full", (*TO_16K, 32 * K), seeds=(0, 1, 2)),
 )
 
 

@@ -30,7 +30,9 @@ class Oracle(torch.nn.Module):
         ask = text.rfind(b"The pass key is ")
         digit = len(text) - ask - len(b"The pass key is ")
         key = text.find(b"The pass key is ") + len(b"The pass key is ") + digit
-        if len(text) - key > self.reach or (digit, text[key]) in self.wrong_at:
+        if ask < 0 or key >= len(text) or len(text) - key > self.reach:
+            return ord("0")
+        if (digit, text[key]) in self.wrong_at:
             return ord("0")
         return text[key]
 

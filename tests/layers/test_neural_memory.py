@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from numerics import assert_close
 
 from everlong import NeuralMemory
+from everlong.layers.neural_memory import _unit
+from numerics import assert_close
 
 
 def test_reads_and_continues():
@@ -38,12 +39,10 @@ def test_theta_never_exceeds_its_bound():
     assert (theta <= layer.max_learning_rate / 4 * (1 - log_eta.exp()) + 1e-6).all()
 
 
-def test_keys_and_queries_have_unit_length():
-    layer = NeuralMemory(8, 2).double()
-    q, k, _, _ = layer._rows(100 * torch.randn(1, 7, 8, dtype=torch.float64), None)
-    ones = torch.ones(1, 7, 2, dtype=torch.float64)
-    assert_close("q", q.norm(dim=-1), ones, torch.float32)
-    assert_close("k", k.norm(dim=-1), ones, torch.float32)
+def test_unit_rows():
+    rows = _unit(torch.randn(1, 7, 2, 4, dtype=torch.float64))
+    assert_close("length", rows.norm(dim=-1), torch.ones(1, 7, 2, dtype=torch.float64), torch.float32)
+    assert not _unit(torch.zeros(1, 4)).isnan().any()
 
 
 def test_states_stay_in_float32_under_autocast():
@@ -96,7 +95,7 @@ def test_inputs_and_states_that_do_not_fit():
     layer = NeuralMemory(8, 2, chunk_size=4)
     with pytest.raises(ValueError, match=r"x must be \[B, T, 8\], got \[2, 3, 7\]"):
         layer(torch.randn(2, 3, 7))
-    with pytest.raises(ValueError, match="chunk_size 8 .* but the layer has 4"):
+    with pytest.raises(ValueError, match=r"chunk_size 8 .* but the layer has 4"):
         layer(torch.randn(2, 3, 8), NeuralMemory(8, 2, chunk_size=8).initial_state(2))
     with pytest.raises(ValueError, match="batch 1 but the input has batch 2"):
         layer(torch.randn(2, 3, 8), layer.initial_state(1))
@@ -104,5 +103,5 @@ def test_inputs_and_states_that_do_not_fit():
         layer(torch.randn(2, 3, 8), NeuralMemory(8, 4, chunk_size=4).initial_state(2))
     with pytest.raises(ValueError, match="belongs to another layer"):
         layer(torch.randn(2, 3, 8), NeuralMemory(8, 2, expansion=2, chunk_size=4).initial_state(2))
-    with pytest.raises(ValueError, match="the state is torch.float32"):
+    with pytest.raises(ValueError, match=r"the state is torch\.float32"):
         layer.double()(torch.randn(2, 3, 8).double(), NeuralMemory(8, 2, chunk_size=4).initial_state(2))

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from numerics import assert_close
-from subjects import titans
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from everlong import TitansConfig, TitansForCausalLM, TitansModel
+from numerics import assert_close
+from subjects import titans
 
 
 @pytest.fixture

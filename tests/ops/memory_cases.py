@@ -1,5 +1,7 @@
 """Random inputs for the neural memory ops."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +20,7 @@ def make_inputs(tokens, *, batch=2, heads=2, size=4, layers=2, expansion=2, seed
 
     momentum, decay, norm = (options.get(name, True) for name in ("momentum", "decay", "norm"))
     sizes = [size, *[expansion * size] * (layers - 1), size]
-    weights = [normal(batch, heads, a, b) / a**0.5 for a, b in zip(sizes, sizes[1:], strict=False)]
+    weights = [normal(batch, heads, a, b) / a**0.5 for a, b in pairwise(sizes)]
     named = {
         "q": F.normalize(normal(batch, tokens, heads, size), dim=-1),
         "k": F.normalize(normal(batch, tokens, heads, size), dim=-1),

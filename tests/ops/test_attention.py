@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from numerics import assert_close
 
 from everlong.ops.attention import full_attention, sliding_attention
+from numerics import assert_close
 
 
 def by_pairs(q, k, v, window):

@@ -1,9 +1,9 @@
 """The short convolution against its definition, and across calls."""
 
 import torch
-from numerics import assert_close
 
 from everlong.ops import causal_conv
+from numerics import assert_close
 
 
 def test_definition_and_split():

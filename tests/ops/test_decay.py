@@ -1,9 +1,9 @@
 """Cumulative decays against the products they stand for."""
 
 import torch
-from numerics import assert_close
 
 from everlong.ops.decay import Gates, chunk_coefficients, decay_matrix
+from numerics import assert_close
 
 
 def test_decay_matrix_is_the_product():

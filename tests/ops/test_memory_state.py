@@ -3,9 +3,9 @@
 import pytest
 import torch
 from memory_cases import make_inputs, run, start_state
-from numerics import assert_states_close
 
 from everlong.ops import NeuralMemoryState, chunk_neural_memory
+from numerics import assert_states_close
 
 
 @pytest.fixture

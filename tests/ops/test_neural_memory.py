@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from memory_cases import make_inputs, run, start_state
-from numerics import assert_close, assert_states_close
 
 from everlong.ops import (
     NeuralMemoryState,
@@ -13,6 +12,7 @@ from everlong.ops import (
     read_neural_memory,
     recurrent_neural_memory,
 )
+from numerics import assert_close, assert_states_close
 
 CHUNK = 4
 SWITCHES = [

@@ -80,6 +80,21 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_recipe, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_a_run_is_not_deleted_for_one_that_cannot_start(tiny_recipe, tmp_path):
+    path = tiny_recipe(max_steps=2)
+    train(run(path, tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="/no/such"):
+        train(run(path, tmp_path / "run", "--data.source=/no/such"), overwrite=True)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_evaluation_during_training_is_logged(tiny_recipe, tmp_path):
+    train(run(tiny_recipe(eval_strategy="steps", eval_steps=3), tmp_path / "run"))
+    found = [line for line in lines(tmp_path / "run") if "eval_loss" in line]
+    assert [line["step"] for line in found] == [3, 6]
+    assert all(5 < line["eval_loss"] < 6 for line in found)
+
+
 def test_ctrl_c_saves_a_checkpoint_and_resuming_equals_a_run_without_it(
     tiny_recipe, tmp_path, monkeypatch
 ):

@@ -73,7 +73,9 @@ def evaluate_needle_folder(
     recipe = _recipe_of(Path(folder))
     config = NeedleConfig(**recipe.get("data", {}))
     result = Path(folder, RESULT_FILE)
-    name = recipe.get("name") or Path(folder).resolve().name
+    name = recipe.get("name", "")
+    if not Path(folder, RECIPE_FILE).is_file():  # a checkpoint of a run, or no run of everlong
+        name = f"{name} {Path(folder).resolve().name}".strip()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,7 +5,7 @@ and nothing divides by a decay that underflowed.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,10 +67,31 @@ def decay_matrix(log_gate: Tensor) -> Tensor:
     strong decay early in the chunk would otherwise cost all digits of what comes after it. The
     upper triangle is masked before `exp`, since it overflows there and its gradient is NaN.
     """
+    return _DecayMatrix.apply(log_gate)
+
+
+class _DecayMatrix(torch.autograd.Function):
+    """D = exp(sums of log gates); d log_gate_j = sum of dD[t, s] D[t, s] over s < j <= t."""
+
+    @staticmethod
+    def forward(ctx: Any, log_gate: Tensor) -> Tensor:
+        above = _upper_triangle(log_gate, 0)
+        sums = torch.where(above, 0.0, log_gate.unsqueeze(-1)).cumsum_(-2)
+        matrix = sums.masked_fill_(_upper_triangle(log_gate, 1), -torch.inf).exp_()
+        ctx.save_for_backward(matrix)
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, dmatrix: Tensor) -> Tensor:
+        (matrix,) = ctx.saved_tensors
+        # Row j of the product sums the rows t >= j; the columns s < j of it are what counts.
+        later = _upper_triangle(matrix[..., 0], 0).to(matrix.dtype) @ (dmatrix * matrix)
+        return later.masked_fill_(_upper_triangle(matrix[..., 0], 0), 0.0).sum(-1)
+
+
+def _upper_triangle(log_gate: Tensor, diagonal: int) -> Tensor:
     size = log_gate.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=log_gate.device).triu()
-    terms = log_gate.unsqueeze(-1).expand(*log_gate.shape, size).masked_fill(above, 0.0)
-    return terms.cumsum(-2).masked_fill(above.triu(1), -torch.inf).exp()
+    return torch.ones(size, size, dtype=torch.bool, device=log_gate.device).triu(diagonal)
 
 
 def chunk_coefficients(gates: Gates) -> ChunkCoefficients:

@@ -32,9 +32,9 @@ def gelu_curvature(x: Tensor) -> Tensor:
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """LayerNorm without scale: the normed rows [..., K] and 1 / sqrt(var + eps) [..., 1]."""
-    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    inverse = torch.rsqrt(variance + NORM_EPS)
-    return (x - mean) * inverse, inverse
+    centred = x - x.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centred * inverse, inverse
 
 
 def memory_output(x: Tensor, last: Tensor, scale: Tensor | None) -> Tensor:

@@ -71,6 +71,7 @@ class TrainingProgress(TrainerCallback):
         kept = [line for line in self._logged() if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
         self._started = time.perf_counter()
         self._last = (self.seconds, state.num_input_tokens_seen)
         self.task = self.bar.add_task(

@@ -214,10 +214,10 @@ def _check_override_names(overrides: Sequence[str]) -> None:
 
 def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Recipe)
     try:
         values = parser.parse_args(["--config", str(path), *overrides]).as_dict()

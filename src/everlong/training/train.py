@@ -7,6 +7,7 @@ checkpoint-STEP folders, and when training is done the model, the tokenizer and 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -64,7 +65,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
     """
     folder = recipe.run_folder
-    _clear(folder, overwrite)
+    _check_folder(folder, overwrite)
     return _run(replace(recipe, output_dir=str(folder)), checkpoint=None)
 
 
@@ -85,28 +86,31 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
-    """Make the folder an empty one, or refuse."""
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that training may not empty."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / RECIPE_FILE).is_file():
-            raise ValueError(f"output_dir {folder} holds files of no run of everlong: name another")
-        if not overwrite:
-            raise ValueError(
-                f"{folder} holds a run already: continue it with --resume {folder}, "
-                "delete it with --overwrite, or name another --output_dir"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RECIPE_FILE).is_file():
+        raise ValueError(f"output_dir {folder} holds files of no run of everlong: name another")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: continue it with --resume {folder}, "
+            "delete it with --overwrite, or name another --output_dir"
+        )
 
 
 def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
+    """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
     train_data, test_data = _datasets(recipe, arguments)
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(build_model_config(recipe))
     folder = recipe.run_folder
+    if checkpoint is None and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder)
     _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
 
@@ -116,7 +120,7 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         model=model,
         args=arguments,
         train_dataset=train_data,
-        eval_dataset=Subset(test_data, range(EVAL_SAMPLES)),
+        eval_dataset=Subset(test_data, range(min(EVAL_SAMPLES, len(test_data)))),
         data_collator=_collate,
         processing_class=byte_tokenizer(),
         callbacks=[progress, interrupt, _FiniteGradients()],
@@ -130,19 +134,25 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
             raise TrainingInterrupted(_interrupted(folder)) from None
     if interrupt.requested:
         raise TrainingInterrupted(_interrupted(folder))
-
     trainer.save_model()
+    return _write_result(recipe, trainer, output.training_loss, progress)
+
+
+def _write_result(
+    recipe: Recipe, trainer: Trainer, mean_loss: float, progress: TrainingProgress
+) -> dict[str, Any]:
+    tokens = trainer.state.num_input_tokens_seen
     result = {
         "name": recipe.name,
         "seed": recipe.seed,
-        "parameters": sum(each.numel() for each in model.parameters()),
-        "steps": output.global_step,
-        "loss": progress.last_loss,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "parameters": sum(each.numel() for each in trainer.model.parameters()),
+        "steps": trainer.state.global_step,
+        "loss": mean_loss if progress.last_loss is None else progress.last_loss,
+        "tokens": tokens,
         "seconds": progress.seconds,
-        "tokens_per_second": trainer.state.num_input_tokens_seen / max(progress.seconds, 1e-9),
+        "tokens_per_second": tokens / max(progress.seconds, 1e-9),
     }
-    _write_json(folder / RESULT_FILE, result)
+    _write_json(recipe.run_folder / RESULT_FILE, result)
     return result
 
 
@@ -243,6 +253,8 @@ class _Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nfinishing this step; press Ctrl-C again to stop at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.requested:
