@@ -167,3 +167,20 @@ def test_what_is_not_supported_is_refused(model):
 def test_configurations_that_do_not_fit(message, fields):
     with pytest.raises(Exception, match=message):
         TitansConfig(**{"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 8} | fields)
+
+
+def test_writing_has_its_price_in_training_only():
+    model = titans("lmm", "sliding_attention", memory_write_cost=0.5)()
+    ids = torch.randint(11, (2, 9))
+    model.eval()
+    plain = model(ids, labels=ids).loss
+    written = model.model(ids).written
+    memory = model.model.layers[0].mixer.memory
+    x = model.model.layers[0].input_norm(model.model.embed_tokens(ids))
+    theta = memory._gates(x, torch.float32).theta * memory.chunk_size / memory.max_learning_rate
+    assert_close("written", written, theta.mean(), torch.float32)
+    model.train()
+    assert_close("loss", model(ids, labels=ids).loss, plain + 0.5 * written, torch.float32)
+    # Two accumulated batches of 16 labels each pay together what one batch pays.
+    accumulated = model(ids, labels=ids, num_items_in_batch=torch.tensor(32)).loss
+    assert_close("accumulated", accumulated, (plain + 0.5 * written) / 2, torch.float32)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,17 @@ from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
 from everlong.ops import NeuralMemoryState, causal_conv, chunk_neural_memory
+from everlong.ops.decay import Gates
 
 L2_EPS = 1e-6
+
+
+class MemoryOutput(NamedTuple):
+    """What a memory gives: y [B, T, D], the state, and theta as a share of its bound [B, T, H, L]."""
+
+    y: Tensor
+    state: NeuralMemoryState
+    strength: Tensor
 
 
 class NeuralMemory(nn.Module):
@@ -144,6 +154,11 @@ class NeuralMemory(nn.Module):
         Returns y [B, T, D] and the state to go on from. Any number of tokens a call. Raises
         ValueError when the state does not fit the layer or the input.
         """
+        output = self.read_write(x, state)
+        return output.y, output.state
+
+    def read_write(self, x: Tensor, state: NeuralMemoryState | None = None) -> MemoryOutput:
+        """As `forward`, and how strongly each token was written."""
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
         if state is None:
@@ -151,13 +166,12 @@ class NeuralMemory(nn.Module):
         else:
             self._check_state(state)
         q, k, v, tail = self._rows(x, state.conv_tail)
-        theta, log_retain, log_eta = self._gates(x, state.dtype)
+        gates = self._gates(x, state.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y, state = chunk_neural_memory(
-                q, k, v, theta, log_retain, log_eta, state=state, scale=self.memory_scale
-            )
+            y, state = chunk_neural_memory(q, k, v, *gates, state=state, scale=self.memory_scale)
         y = self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x))
-        return self.o_proj(y), replace(state, conv_tail=tail)
+        strength = gates.theta * (self.chunk_size / self.max_learning_rate)
+        return MemoryOutput(self.o_proj(y), replace(state, conv_tail=tail), strength)
 
     def _check_state(self, state: NeuralMemoryState) -> None:
         """Refuse a state whose memory is not this layer's (the op checks batch, type and device)."""
@@ -178,7 +192,7 @@ class NeuralMemory(nn.Module):
         q, k, v = rows.unbind(2)
         return _unit(q), _unit(k), v, tail
 
-    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
 
         def logits(projection: nn.Linear) -> Tensor:
@@ -192,7 +206,7 @@ class NeuralMemory(nn.Module):
             momentum = logits(self.eta_proj)
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
-        return theta, log_retain, log_eta
+        return Gates(theta, log_retain, log_eta)
 
 
 def _unit(x: Tensor) -> Tensor:

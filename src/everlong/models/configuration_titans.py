@@ -32,6 +32,9 @@ class TitansConfig(PreTrainedConfig):
         memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
         max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
+        memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
+            this times the mean of theta over all memories, as a share of its upper end. A memory
+            that pays for what it writes leaves alone what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end).
     """
@@ -61,6 +64,7 @@ class TitansConfig(PreTrainedConfig):
     initial_alpha: float = 1e-4
     initial_eta: float = 0.5
     initial_theta: float = 0.5
+    memory_write_cost: float = 0.0
     hidden_act: str = "silu"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6

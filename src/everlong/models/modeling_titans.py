@@ -1,5 +1,6 @@
 """Titans as `transformers` models: a Llama decoder whose layers carry a neural memory."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,9 +39,10 @@ class MemoryMixer(nn.Module):
             norm_eps=config.rms_norm_eps,
         )
 
-    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x: [B, T, D]. Returns the same shape and the memory's state."""
-        return self.memory(x, state)
+    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
+        """x: [B, T, D]. Returns the same shape, the memory's state and its mean write strength."""
+        y, state, strength = self.memory.read_write(x, state)
+        return y, state, strength.mean()
 
 
 class AttentionMixer(nn.Module):
@@ -58,9 +60,9 @@ class AttentionMixer(nn.Module):
             config.rope_theta,
         )
 
-    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x: [B, T, D]. Returns the same shape and the keys and values to go on from."""
-        return self.attention(x, positions, state)
+    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any, None]:
+        """x: [B, T, D]. Returns the same shape, the keys and values to go on from, and no writing."""
+        return *self.attention(x, positions, state), None
 
 
 def build_mixer(config: TitansConfig, layer_type: str) -> nn.Module:
@@ -80,11 +82,13 @@ class TitansLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, positions: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """x: [B, T, D]. Returns the same shape and the mixer's new state."""
-        mixed, state = self.mixer(self.input_norm(x), positions, state)
+    def forward(
+        self, x: Tensor, positions: Tensor, state: Any = None
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """x: [B, T, D]. Returns the same shape, the mixer's new state and mean write strength."""
+        mixed, state, written = self.mixer(self.input_norm(x), positions, state)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), state, written
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -108,6 +112,13 @@ class TitansPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
 
+@dataclass
+class TitansModelOutput(BaseModelOutputWithPast):
+    """As the base class; `written` is the mean of theta over all memories, as a share of its bound."""
+
+    written: Tensor | None = None
+
+
 class TitansModel(TitansPreTrainedModel):
     """The decoder without a head."""
 
@@ -128,7 +139,7 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> TitansModelOutput:
         """Read tokens; `past_key_values` of one call continues in the next, any number of tokens each.
 
         Args:
@@ -151,13 +162,20 @@ class TitansModel(TitansPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
         _refuse_rows_and_documents(attention_mask, position_ids, positions)
+        strengths = []
         for index, layer in enumerate(self.layers):
             cached = None if past_key_values is None else past_key_values.layers[index]
-            x, state = layer(x, positions, None if cached is None else cached.state)
+            x, state, written = layer(x, positions, None if cached is None else cached.state)
+            if written is not None:
+                strengths.append(written)
             if cached is not None:
                 cached.state = state
                 cached.seen += x.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return TitansModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            written=torch.stack(strengths).mean() if strengths else None,
+        )
 
     def _check_cache(self, cache: Any, batch: int) -> None:
         """Refuse a cache of another kind, model or batch."""
@@ -237,6 +255,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As `TitansModel.forward`, with logits and, where `labels` [B, T] are given, the loss.
 
+        In training, `memory_write_cost` of the configuration adds its price to the loss.
         Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
         many last positions get logits (0: all), or their indices.
         """
@@ -248,4 +267,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
+            if self.training and self.config.memory_write_cost and outputs.written is not None:
+                # Over accumulated batches the price is shared as the loss itself is.
+                items = kwargs.get("num_items_in_batch")
+                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + self.config.memory_write_cost * outputs.written * share
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
