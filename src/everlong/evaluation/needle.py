@@ -117,8 +117,8 @@ def evaluate_needle(
     samples: int = 100,
     *,
     seed: int = 0,
-    piece: int = 4096,
-    tokens_per_forward: int = 16384,
+    piece: int = 1024,
+    tokens_per_forward: int = 32768,
     reach: int | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[NeedleScore]:

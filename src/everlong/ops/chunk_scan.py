@@ -40,9 +40,16 @@ def read_rows(
             x = F.gelu(x)
         out = (x @ weight).mul_(rows.memory_carry[layer].unsqueeze(-1))
         if momentum is not None and rows.momentum_carry is not None:
-            out = out + rows.momentum_carry[layer].unsqueeze(-1) * (x @ momentum[layer])
-        x = out - ((x @ inputs[layer].mT) * rows.write[layer]) @ errors[layer]
+            out.addcmul_(x @ momentum[layer], rows.momentum_carry[layer].unsqueeze(-1))
+        x = _minus_product(out, (x @ inputs[layer].mT) * rows.write[layer], errors[layer])
     return memory_output(q, x, scale)
+
+
+def _minus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out - left @ right, in place: a fresh state for each chunk would cost more than its product."""
+    flat = out.flatten(0, -3)
+    flat.baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=-1)
+    return out
 
 
 def carry_chunk(
@@ -59,11 +66,13 @@ def carry_chunk(
         new = coefficients.memory_carry[layer][..., -1, None, None] * weight
         if momentum is not None and coefficients.momentum_carry is not None:
             assert coefficients.final_carry is not None and coefficients.final_write is not None
-            new = new + coefficients.momentum_carry[layer][..., -1, None, None] * momentum[layer]
+            new.addcmul_(coefficients.momentum_carry[layer][..., -1, None, None], momentum[layer])
             final_write = coefficients.final_write[layer].unsqueeze(-1)
             final_carry = coefficients.final_carry[layer][..., None, None]
-            new_momentum.append(final_carry * momentum[layer] - (z * final_write).mT @ error)
-        new_weights.append(new - (z * write).mT @ error)
+            new_momentum.append(
+                _minus_product(final_carry * momentum[layer], (z * final_write).mT, error)
+            )
+        new_weights.append(_minus_product(new, (z * write).mT, error))
     return tuple(new_weights), None if momentum is None else tuple(new_momentum)
 
 
