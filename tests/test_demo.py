@@ -56,5 +56,11 @@ def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
     assert [[score.exact for score in report.scores] for report in second] == exact
 
     tiny_recipe(max_steps=2, save_steps=2)
+    more = (Entry(entries[0].recipe, (96, 128), seeds=(0, 1)),)
+    longer = run_demo(full=True, entries=more, out=out, samples=3)
+    assert [[score.length for score in report.scores] for report in longer] == [[96, 128]] * 2
+    assert [[score.exact for score in report.scores[:1]] for report in longer] == exact
+    assert (out / "needle-full.png").exists()
+
     third = run_demo(full=True, entries=entries, out=out, samples=3)
     assert [report.about["steps"] for report in third] == [2, 2]

@@ -91,10 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         help="train a memory and a Transformer, and compare them",
         description="Train both models on a needle in real text, evaluate them far beyond the "
-        "training length, and draw the picture. What is done already is not done again.",
+        "training length, and draw the picture. With --full, what is done is not done again.",
     )
-    demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds (hours)")
-    demo.add_argument("--out", metavar="DIR", help="instead of runs/demo or runs/demo-full")
+    demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds (an hour)")
+    demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
     demo.set_defaults(run=_demo)
     return parser
 

@@ -30,8 +30,8 @@ def test_a_sample_is_text_with_a_needle_and_its_question_at_the_end(length):
         text = text_of(sample)
         assert len(text) == length
         found = re.fullmatch(
-            r"(.*) The pass key is (\d{5})\.(?:\s.*)?"
-            r" What is the pass key\? The pass key is (\d{5})",
+            r"(.*) \(The pass key is (\d{5})\)(?:\s.*)?"
+            r" What is the pass key\? \(The pass key is (\d{5})",
             text,
             re.DOTALL,
         )
@@ -44,8 +44,8 @@ def test_a_sample_is_text_with_a_needle_and_its_question_at_the_end(length):
 def test_the_rest_of_a_sample_is_one_window_of_the_documents():
     haystack = "\n\n".join(document.text.decode() for document in DOCUMENTS)
     for sample in dataset(length=400):
-        rest = re.sub(r" The pass key is \d{5}\.", "", text_of(sample))
-        rest = re.sub(r" What is the pass key\? The pass key is \d{5}$", "", rest)
+        rest = re.sub(r" \(The pass key is \d{5}\)", "", text_of(sample))
+        rest = re.sub(r" What is the pass key\? \(The pass key is \d{5}$", "", rest)
         assert rest in haystack * 2
 
 
@@ -54,7 +54,7 @@ def test_distance_and_depth_are_those_of_the_text():
         text = text_of(sample)
         answer = len(text) - 5
         assert sample["distance"] == answer - text.index(text[answer:])
-        before = text.index(" The pass key is")
+        before = text.index(" (The pass key is")
         assert sample["depth"] == pytest.approx(before / (300 - 23 - 44))
 
 
@@ -90,9 +90,9 @@ def test_several_needles_have_names_and_every_answer_a_label(spread):
     samples = dataset(length=900, num_needles=4, num_questions=3, spread_questions=spread)
     for sample in samples:
         text = text_of(sample)
-        keys = dict(re.findall(r" The pass key of (\w+) is (\d{5})\.", text))
+        keys = dict(re.findall(r" \(The pass key of (\w+) is (\d{5})\)", text))
         asked = re.findall(
-            r" What is the pass key of (\w+)\? The pass key of \1 is (\d{5})(?:\.|$)", text
+            r" What is the pass key of (\w+)\? \(The pass key of \1 is (\d{5})(?:\)|$)", text
         )
         assert len(keys) == 4
         assert len(asked) == 3
@@ -101,7 +101,7 @@ def test_several_needles_have_names_and_every_answer_a_label(spread):
             assert keys[name] == answer
             assert text.index(f"The pass key of {name} is") < text.index(f"pass key of {name}?")
         if not spread:
-            assert re.search(r"(?: What is the pass key of \w+\? [\w ]+\.?){3}$", text)
+            assert re.search(r"(?: What is the pass key of \w+\? \([\w ]+\)?){3}$", text)
 
 
 def test_text_loss_labels_a_share_of_the_text():
@@ -159,3 +159,11 @@ def test_a_task_that_makes_no_sense_is_refused(fields, message):
 def test_a_length_too_short_for_the_sentences_is_refused():
     with pytest.raises(ValueError, match=r"length 60 is too short: .* take 67 tokens"):
         dataset().sample(0, length=60)
+
+
+def test_lengths_wait_before_they_grow():
+    config = NeedleConfig(length=512, start_length=96, hold_steps=20, growth_steps=10)
+    assert [config.length_at(step) for step in (0, 20, 30, 99)] == [96, 96, 512, 512]
+    assert 96 < config.length_at(25) < 512
+    with pytest.raises(ValueError, match="hold_steps and growth_steps must be at least 0, got -1"):
+        NeedleConfig(hold_steps=-1)

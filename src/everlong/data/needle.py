@@ -1,7 +1,7 @@
 """The needle: a pass key hidden in real text, and a question for it at the end.
 
-A sample is a window of text with a sentence such as " The pass key is 48213." at a word boundary,
-then " What is the pass key? The pass key is " and the answer. Tokens are bytes. A sample depends on
+A sample is a window of text with a sentence such as " (The pass key is 48213)" at a word boundary,
+then " What is the pass key? (The pass key is " and the answer. Tokens are bytes. A sample depends on
 the seed and its index alone, and is as long as asked, to the token.
 """
 
@@ -39,8 +39,9 @@ class NeedleConfig:
     source: where the text comes from, as for `load_text`.
     held_out: share of its documents kept for evaluation; training never sees them.
     length: tokens of a sample, all told.
-    start_length, growth_steps: if given, the length grows geometrically from start_length at step 0
-        to `length` at step growth_steps, in multiples of 32.
+    start_length, hold_steps, growth_steps: if given, the length stays at start_length for hold_steps,
+        then grows geometrically to `length` in growth_steps, in multiples of 32. Short samples are
+        where a model finds out what is asked; long ones teach it to keep the answer.
     key_digits: digits of a key, each uniform.
     num_needles: sentences with a key of its own each; from 2 on each carries a name.
     num_questions: how many of the needles are asked for.
@@ -55,14 +56,15 @@ class NeedleConfig:
     held_out: float = 0.1
     length: int = 512
     start_length: int | None = None
+    hold_steps: int = 0
     growth_steps: int = 0
     key_digits: int = 5
     num_needles: int = 1
     num_questions: int = 1
     spread_questions: bool = False
     text_loss: float = 0.0
-    needle: str = " The pass key{of} is {key}."
-    question: str = " What is the pass key{of}? The pass key{of} is "
+    needle: str = " (The pass key{of} is {key})"
+    question: str = " What is the pass key{of}? (The pass key{of} is "
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_needles <= len(NAMES):
@@ -90,6 +92,11 @@ class NeedleConfig:
             raise ValueError(
                 f"start_length must lie in 1 ... length = {self.length}, got {self.start_length}"
             )
+        if self.hold_steps < 0 or self.growth_steps < 0:
+            raise ValueError(
+                "hold_steps and growth_steps must be at least 0, "
+                f"got {self.hold_steps} and {self.growth_steps}"
+            )
         shortest = self.start_length or self.length
         if shortest <= self.longest_sentences:
             raise ValueError(
@@ -98,26 +105,32 @@ class NeedleConfig:
             )
 
     @property
+    def closing(self) -> str:
+        """What follows a key, in a needle and behind an answer within the text."""
+        return self.needle.partition("{key}")[2]
+
+    @property
     def longest_sentences(self) -> int:
         """Tokens that needles and questions take together, at most."""
         of = f" of {max(NAMES, key=len)}" if self.num_needles > 1 else ""
         key = "0" * self.key_digits
         needle = self.needle.replace("{of}", of).replace("{key}", key)
-        question = self.question.replace("{of}", of) + key + "."
+        question = self.question.replace("{of}", of) + key + self.closing
         needles = self.num_needles * len(needle.encode())
-        return needles + self.num_questions * len(question.encode()) - 1
+        return needles + self.num_questions * len(question.encode()) - len(self.closing.encode())
 
     def plain(self) -> NeedleConfig:
         """The task to judge by: the same text and sentences with one needle and one question."""
         return replace(
-            self, num_needles=1, num_questions=1, text_loss=0.0, start_length=None, growth_steps=0
+            self, num_needles=1, num_questions=1, text_loss=0.0, start_length=None, hold_steps=0, growth_steps=0
         )
 
     def length_at(self, step: int) -> int:
         """Tokens of the samples of training step `step`, counted from 0."""
-        if self.start_length is None or step >= self.growth_steps:
+        grown = step - self.hold_steps
+        if self.start_length is None or grown >= self.growth_steps:
             return self.length
-        growth = (self.length / self.start_length) ** (step / self.growth_steps)
+        growth = (self.length / self.start_length) ** (max(grown, 0) / self.growth_steps)
         rounded = round(self.start_length * growth / LENGTH_STEP) * LENGTH_STEP
         return min(max(rounded, self.start_length), self.length)
 
@@ -234,7 +247,7 @@ def _draft(config: NeedleConfig, rng: np.random.Generator, depth: float | None) 
     questions = []
     for i in range(config.num_needles - config.num_questions, last):
         at = rng.uniform(depths[i], 1) if config.spread_questions else 1.0
-        questions.append(sentence(i, at, config.question + "{key}.", True))
+        questions.append(sentence(i, at, config.question + "{key}" + config.closing, True))
     questions.append(sentence(last, 1.0, config.question + "{key}", True))
     return needles + questions
 

@@ -2,7 +2,14 @@
 
 from .folders import evaluate_needle_folder, load_model
 from .needle import NeedleScore, attention_reach, evaluate_needle
-from .report import NeedleReport, plot_needle, print_needle_table, write_markdown, write_results
+from .report import (
+    NeedleReport,
+    length_name,
+    plot_needle,
+    print_needle_table,
+    write_markdown,
+    write_results,
+)
 
 __all__ = [
     "NeedleReport",
@@ -10,6 +17,7 @@ __all__ = [
     "attention_reach",
     "evaluate_needle",
     "evaluate_needle_folder",
+    "length_name",
     "load_model",
     "plot_needle",
     "print_needle_table",
