@@ -55,7 +55,7 @@ def test_distance_and_depth_are_those_of_the_text():
         answer = len(text) - 5
         assert sample["distance"] == answer - text.index(text[answer:])
         before = text.index(" (The pass key is")
-        assert sample["depth"] == pytest.approx(before / (300 - 23 - 44))
+        assert sample["depth"] == pytest.approx(before / (300 - 24 - 45))
 
 
 def test_depth_can_be_asked_for():
@@ -145,7 +145,7 @@ def test_training_and_held_out_samples_share_no_text_and_no_keys(tmp_path):
         ({"text_loss": 2.0}, "text_loss"),
         ({"needle": "no key"}, "needle must hold {key} once"),
         ({"needle": "{key}", "num_needles": 2}, "both sentences must hold {of}"),
-        ({"length": 67}, "length 67 is too short: .* can take 67 tokens"),
+        ({"length": 69}, "length 69 is too short: .* can take 69 tokens"),
         ({"start_length": 60}, "length 60 is too short"),
         ({"num_needles": 19}, "length 512 is too short"),
         ({"start_length": 1000}, "start_length must lie in 1 ... length = 512, got 1000"),
@@ -157,7 +157,7 @@ def test_a_task_that_makes_no_sense_is_refused(fields, message):
 
 
 def test_a_length_too_short_for_the_sentences_is_refused():
-    with pytest.raises(ValueError, match=r"length 60 is too short: .* take 67 tokens"):
+    with pytest.raises(ValueError, match=r"length 60 is too short: .* take 69 tokens"):
         dataset().sample(0, length=60)
 
 
