@@ -96,14 +96,15 @@ def test_shipped_recipes_load_by_name(name):
     assert find_recipe(f"recipes/{name}.yaml") is not None
 
 
-def test_the_rivals_have_as_many_parameters_and_the_same_training():
+def test_the_rivals_have_as_many_parameters_and_as_many_steps():
     names = [f"needle-{kind}" for kind in ("lmm", "attention", "full-attention")]
     recipes = [load_recipe(name) for name in names]
     memory, *rivals = [sum(each.numel() for each in _model(recipe).parameters()) for recipe in recipes]
     for rival in rivals:
         assert abs(rival - memory) < 0.005 * memory
-    assert all(recipe.data == recipes[0].data for recipe in recipes)
-    assert all(recipe.training == recipes[0].training for recipe in recipes)
+    assert all(recipe.data.plain() == recipes[0].data.plain() for recipe in recipes)
+    steps = [recipe.training["max_steps"] for recipe in recipes]
+    assert min(steps) == steps[0], "the rivals get no fewer steps than the memory"
 
 
 def _model(recipe):

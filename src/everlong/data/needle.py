@@ -122,7 +122,13 @@ class NeedleConfig:
     def plain(self) -> NeedleConfig:
         """The task to judge by: the same text and sentences with one needle and one question."""
         return replace(
-            self, num_needles=1, num_questions=1, text_loss=0.0, start_length=None, hold_steps=0, growth_steps=0
+            self,
+            num_needles=1,
+            num_questions=1,
+            text_loss=0.0,
+            start_length=None,
+            hold_steps=0,
+            growth_steps=0,
         )
 
     def length_at(self, step: int) -> int:
