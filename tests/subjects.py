@@ -69,7 +69,8 @@ class Subject:
 
 def layer(**options: Any) -> Callable[[], nn.Module]:
     """A bare neural memory of width 8."""
-    return lambda: NeuralMemory(8, 2, expansion=2, chunk_size=CHUNK, max_learning_rate=0.5, **options)
+    defaults = {"expansion": 2, "chunk_size": CHUNK, "max_learning_rate": 0.5}
+    return lambda: NeuralMemory(8, 2, **defaults | options)
 
 
 def titans(*layer_types: str, **options: Any) -> Callable[[], nn.Module]:
@@ -103,4 +104,12 @@ SUBJECTS = [
     Subject("sliding", titans("sliding_attention", "sliding_attention")),
     Subject("full", titans("full_attention")),
     Subject("hybrid", titans("lmm", "sliding_attention", "full_attention")),
+]
+
+# The same with chunks of a usual length, for very long texts.
+LONG = [
+    Subject("layer", layer(chunk_size=64), is_model=False),
+    Subject("layer-linear", layer(depth=1, chunk_size=64), is_model=False),
+    Subject("layer-deep", layer(depth=3, chunk_size=64), is_model=False),
+    Subject("lmm", titans("lmm", "lmm", chunk_size=64)),
 ]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from everlong import NeuralMemory, NeuralMemoryState
 from numerics import assert_close
-from subjects import CHUNK, SUBJECTS, VOCABULARY, WINDOW
+from subjects import CHUNK, LONG, SUBJECTS, VOCABULARY, WINDOW
 
 TOKENS = 3 * CHUNK + WINDOW + 3  # several chunks and windows, and a rest of neither
 EVERY = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
@@ -163,7 +163,7 @@ def test_law_9_bounded(subject, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", [s for s in BOUNDED if s.name != "hybrid"], ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", LONG, ids=lambda s: s.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_law_9_bounded_a_million(subject, dtype):
     read_on(subject, subject.make(dtype), 1_000_000, dtype, piece=10_000)
