@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from everlong import NeuralMemory
-from everlong.layers.neural_memory import _unit
 from numerics import assert_close
 
 
@@ -37,12 +36,6 @@ def test_theta_never_exceeds_its_bound():
     theta, _, log_eta = layer._gates(1e4 * torch.randn(1, 50, 8), torch.float32)
     assert (theta >= 0).all()
     assert (theta <= layer.max_learning_rate / 4 * (1 - log_eta.exp()) + 1e-6).all()
-
-
-def test_unit_rows():
-    rows = _unit(torch.randn(1, 7, 2, 4, dtype=torch.float64))
-    assert_close("length", rows.norm(dim=-1), torch.ones(1, 7, 2, dtype=torch.float64), torch.float32)
-    assert not _unit(torch.zeros(1, 4)).isnan().any()
 
 
 def test_states_stay_in_float32_under_autocast():

@@ -43,6 +43,6 @@ def test_coefficients_step_by_step():
         memory = retain[t] * memory + momentum
         assert_close("a", got.memory_carry[t], memory[0])
         assert_close("b", got.momentum_carry[t], memory[1])
-        assert_close("write", -got.write[t], memory[2:])
+        assert_close("write", got.write[t], memory[2:])
     assert_close("final carry", got.final_carry, momentum[1])
-    assert_close("final write", -got.final_write, momentum[2:])
+    assert_close("final write", got.final_write, momentum[2:])

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
-from everlong.ops import NeuralMemoryState, causal_conv, chunk_neural_memory
+from everlong.ops import NeuralMemoryState, causal_conv_silu, chunk_neural_memory, unit_length
 from everlong.ops.decay import Gates
-
-L2_EPS = 1e-6
 
 
 class MemoryOutput(NamedTuple):
@@ -185,12 +183,17 @@ class NeuralMemory(nn.Module):
 
     def _rows(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [B, T, H, K] and the convolution's tail."""
-        rows = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        if self.conv is not None:
-            rows, tail = causal_conv(rows, self.conv.to(rows.dtype), tail)
-        rows = F.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = rows.unbind(2)
-        return _unit(q), _unit(k), v, tail
+        rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if self.conv is None:
+            rows = [F.silu(each) for each in rows]
+        else:
+            taps = self.conv.to(rows[0].dtype).chunk(3)
+            tails = [None] * 3 if tail is None else tail.chunk(3, -1)
+            pairs = [causal_conv_silu(*each) for each in zip(rows, taps, tails, strict=True)]
+            rows = [each for each, _ in pairs]
+            tail = torch.cat([each for _, each in pairs], -1)
+        q, k, v = (each.unflatten(-1, (self.num_heads, self.head_dim)) for each in rows)
+        return unit_length(q), unit_length(k), v, tail
 
     def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
@@ -207,12 +210,6 @@ class NeuralMemory(nn.Module):
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
         return Gates(theta, log_retain, log_eta)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x / |x|, in at least float32, safe at zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 
 
 def _logit(p: float) -> float:

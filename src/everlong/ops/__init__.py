@@ -1,17 +1,19 @@
 """Pure functions of tensors: the papers' equations, their fast forms and their states."""
 
-from everlong.ops.conv import causal_conv
+from everlong.ops.conv import causal_conv_silu
 from everlong.ops.memory_state import NeuralMemoryState
 from everlong.ops.neural_memory import (
     chunk_neural_memory,
     read_neural_memory,
     recurrent_neural_memory,
 )
+from everlong.ops.unit_length import unit_length
 
 __all__ = [
     "NeuralMemoryState",
-    "causal_conv",
+    "causal_conv_silu",
     "chunk_neural_memory",
     "read_neural_memory",
     "recurrent_neural_memory",
+    "unit_length",
 ]

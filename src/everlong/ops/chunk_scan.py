@@ -1,54 +1,92 @@
 """Whole chunks of the neural memory, one after the other, by matrix products.
 
-The forward pass keeps nothing but the memory at each chunk's start; the backward pass is written
-out by hand and recomputes what lies inside a chunk. Backward walks the equations of `read_rows`,
-`carry_chunk` and `error_signals` in reverse; a name with d in front is the loss's gradient of it.
+The forward pass keeps nothing but the memory at some chunks' starts; the backward pass is written
+out by hand and computes the rest again. Backward walks `read_rows`, `carry_chunk` and
+`InnerGradient` in reverse; a name with d in front is the loss's gradient of it.
+
+A memory network's layers are wide on one side. Products with a diagonal (gates, decays) are taken
+on the narrow side, since passes over the wide one cost as much as matrix products.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
-from everlong.ops.inner_mlp import error_signals, gelu_curvature, memory_output, normalise
+from everlong.ops.decay import (
+    ChunkCoefficients,
+    Gates,
+    coefficients_and_decays,
+    coefficients_backward,
+)
+from everlong.ops.inner_mlp import (
+    InnerGradient,
+    gelu_backward,
+    memory_output,
+    normalise,
+    normalise_backward,
+)
 
 Tensors = tuple[Tensor, ...]
 
 
-def read_rows(
+class LayerRead(NamedTuple):
+    """One layer's read: x W_t; x W and x S where that is the narrow side; x z^T."""
+
+    out: Tensor
+    product: Tensor
+    through: Tensor | None
+    surprise: Tensor | None
+
+
+def read_layers(
     q: Tensor,
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor] | None,
     inputs: Sequence[Tensor],
     errors: Sequence[Tensor],
     rows: ChunkCoefficients,
-    scale: Tensor | None,
-) -> Tensor:
-    """y_t = M_t(q_t) without forming M_t; layer by layer
+) -> list[LayerRead]:
+    """The products of M_t(q_t) without forming M_t; layer by layer
 
-        x W_t = a_t (x W_0) + b_t (x S_0) - ((x z^T) * Gamma[t]) delta
+        x W_t = a_t (x W_0) + b_t (x S_0) + ((x z^T) * write[t]) delta
 
     q: [B, H, N, K]; weights, momentum: at the chunk's start; inputs z and errors delta: of the
     whole chunk, [B, H, C, .]; rows: the coefficients of q's tokens, layers first.
     """
-    x = q
+    x, reads = q, list[LayerRead]()
     for layer, weight in enumerate(weights):
         if layer:
-            x = F.gelu(x)
-        out = (x @ weight).mul_(rows.memory_carry[layer].unsqueeze(-1))
+            x = F.gelu(reads[-1].out)
+        product = x @ inputs[layer].mT
+        out, through = _carried(x, weight, rows.memory_carry[layer])
+        surprise = None
         if momentum is not None and rows.momentum_carry is not None:
-            out.addcmul_(x @ momentum[layer], rows.momentum_carry[layer].unsqueeze(-1))
-        x = _minus_product(out, (x @ inputs[layer].mT) * rows.write[layer], errors[layer])
-    return memory_output(q, x, scale)
+            surprise = _carried(x, momentum[layer], rows.momentum_carry[layer], out)[1]
+        _add_product(out, product * rows.write[layer], errors[layer])
+        reads.append(LayerRead(out, product, through, surprise))
+    return reads
 
 
-def _minus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out - left @ right, in place: a fresh state for each chunk would cost more than its product."""
+def _carried(
+    x: Tensor, weight: Tensor, carry: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """diag(carry) x weight, added to `out` where given; and x weight, if that is the narrow side."""
+    column = carry.unsqueeze(-1)
+    if x.shape[-1] <= weight.shape[-1]:
+        x = x * column
+        return (x @ weight if out is None else _add_product(out, x, weight)), None
+    product = x @ weight
+    return (product * column if out is None else out.addcmul_(product, column)), product
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out + left @ right, in place: a fresh state for each chunk would cost more than its product."""
     flat = out.flatten(0, -3)
-    flat.baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=-1)
+    flat.baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
     return out
 
 
@@ -62,18 +100,23 @@ def carry_chunk(
     """M_C and S_C, the state after a full chunk (coefficients with the layers first)."""
     new_weights, new_momentum = [], []
     for layer, (weight, z, error) in enumerate(zip(weights, inputs, errors, strict=True)):
-        write = coefficients.write[layer][..., -1, :, None]
         new = coefficients.memory_carry[layer][..., -1, None, None] * weight
         if momentum is not None and coefficients.momentum_carry is not None:
             assert coefficients.final_carry is not None and coefficients.final_write is not None
             new.addcmul_(coefficients.momentum_carry[layer][..., -1, None, None], momentum[layer])
-            final_write = coefficients.final_write[layer].unsqueeze(-1)
-            final_carry = coefficients.final_carry[layer][..., None, None]
-            new_momentum.append(
-                _minus_product(final_carry * momentum[layer], (z * final_write).mT, error)
-            )
-        new_weights.append(_minus_product(new, (z * write).mT, error))
+            kept = coefficients.final_carry[layer][..., None, None] * momentum[layer]
+            new_momentum.append(_add_outer(kept, z, error, coefficients.final_write[layer]))
+        new_weights.append(_add_outer(new, z, error, coefficients.write[layer][..., -1, :]))
     return tuple(new_weights), None if momentum is None else tuple(new_momentum)
+
+
+def _add_outer(out: Tensor, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
+    """out + left^T diag(diagonal) right, in place. left, right: [..., C, .]; diagonal: [..., C]."""
+    if left.shape[-1] <= right.shape[-1]:
+        left = left * diagonal.unsqueeze(-1)
+    else:
+        right = right * diagonal.unsqueeze(-1)
+    return _add_product(out, left.mT, right)
 
 
 def scan_chunks(
@@ -89,243 +132,303 @@ def scan_chunks(
     rows: q, k, v as [B, H, T, K], T a multiple of C. gates: theta, log_retain, log_eta as
     [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk.
     """
-    batch, heads = rows[0].shape[:2]
-    # Chunks come first, then layers, then one dimension for every memory: contiguous operands.
-    q, k, v = (x.unflatten(2, (-1, chunk_size)).movedim(2, 0).flatten(1, 2) for x in rows)
-    coefficients = chunk_coefficients(
-        gates.map(lambda g: g.unflatten(3, (-1, chunk_size)).permute(3, 2, 0, 1, 4).flatten(2, 3))
-    )
     layers = len(weights)
-    scale_rows = None if scale is None else scale.expand(batch, heads, -1).flatten(0, 1)
-    start = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]
-    y, *final = _ChunkScan.apply(layers, q, k, v, scale_rows, *coefficients, *start)
-    y = y.unflatten(1, (batch, heads)).movedim(0, 2).flatten(2, 3)
-    final = [x.unflatten(0, (batch, heads)) for x in final]
+    inputs = (*rows, scale, *gates, *weights, *(momentum or ()))
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, *final = _ChunkScan.apply(layers, chunk_size, train, *inputs)
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
 
 
 class _ChunkScan(torch.autograd.Function):
-    """Rows [chunks, N, C, K] through N memories; see `scan_chunks`."""
+    """See `scan_chunks`. Inside, B and H are one dimension N: one memory each."""
 
     @staticmethod
-    def forward(ctx: Any, layers: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, *rest: Any) -> Any:
-        coefficients, start = ChunkCoefficients(*rest[:5]), rest[5:]
-        weights, momentum = start[:layers], start[layers:] or None
+    def forward(
+        ctx: Any, layers: int, size: int, train: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> Any:
+        scale, theta, log_retain, log_eta, *start = rest
+        batch, heads, tokens, _ = q.shape
+        text = _Text(q, k, v, Gates(theta, log_retain, log_eta), scale, size)
+        state = _State.of([x.flatten(0, 1) for x in start], layers)
+        # States are kept every so many chunks and computed again between: they are the largest.
+        interval = max(1, math.isqrt(tokens // size // 2))
+        states: list[Tensor] = []
+        products: list[Tensor | None] = []
         y = torch.empty_like(q)
-        starts: list[Tensor] = []
-        for n in range(len(q)):
-            starts += [*weights, *(momentum or ())]
-            now = coefficients.map(lambda c: c[n])  # noqa: B023 (called at once)
-            inputs, errors = error_signals(k[n], v[n], weights, scale)
-            y[n] = read_rows(q[n], weights, momentum, inputs, errors, now, scale)
-            weights, momentum = carry_chunk(weights, momentum, inputs, errors, now)
-        ctx.layers = layers
-        ctx.save_for_backward(q, k, v, scale, *coefficients, *starts)
-        return (y, *weights, *(momentum or ()))
+        for n in range(tokens // size):
+            chunk = _Chunk(text, n, state)
+            chunk.put(y, chunk.read())
+            if train:
+                states += state.tensors if n % interval == 0 else ()
+                products += chunk.products()
+            state = chunk.carry()
+        ctx.layers, ctx.size, ctx.interval = layers, size, interval
+        ctx.states, ctx.products = len(states), len(products)
+        ctx.save_for_backward(q, k, v, scale, theta, log_retain, log_eta, *states, *products)
+        return (y, *(x.unflatten(0, (batch, heads)) for x in state.tensors))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
-        q, k, v, scale, *rest = ctx.saved_tensors
-        coefficients, starts = ChunkCoefficients(*rest[:5]), rest[5:]
-        grads = coefficients.map(torch.zeros_like)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        q, k, v, scale, theta, log_retain, log_eta, *saved = ctx.saved_tensors
+        gates = Gates(theta, log_retain, log_eta)
+        text = _Text(q, k, v, gates, scale, ctx.size)
+        chunks = q.shape[2] // ctx.size
+        states = saved[: ctx.states]
+        each = ctx.products // chunks
+        products = [saved[at : at + each] for at in range(ctx.states, len(saved), each)]
+        drows = [torch.empty_like(x) for x in (q, k, v)]
+        dgates = gates.map(torch.empty_like)
         dscale = None if scale is None else torch.zeros_like(scale)
-        states = len(dfinal)
-        dstate = list(dfinal)
-        for n in reversed(range(len(q))):
-            chunk = _ChunkBackward(
-                q[n],
-                k[n],
-                v[n],
-                starts[n * states : n * states + ctx.layers],
-                starts[n * states + ctx.layers : (n + 1) * states] or None,
-                coefficients.map(lambda c: c[n]),  # noqa: B023
-                grads.map(lambda c: c[n]),  # noqa: B023
-                None if scale is None else scale.unsqueeze(-2),
-            )
-            dq[n] = chunk.reading(dy[n])
-            chunk.carrying(dstate)
-            dk[n], dv[n] = chunk.surprise()
-            dstate = [*chunk.dweights, *chunk.dmomentum]
-            if dscale is not None:
-                dscale += chunk.dscale
-        return (None, dq, dk, dv, dscale, *grads, *dstate)
+        # Gradients of the state are scaled and added to in place from here on: copies.
+        dstate = _State.of([x.flatten(0, 1).clone() for x in dfinal], ctx.layers)
+        for first in reversed(range(0, chunks, ctx.interval)):
+            state = _State.of(states[-len(dfinal) :], ctx.layers)
+            del states[-len(dfinal) :]
+            group: list[_Chunk] = []
+            for n in range(first, min(first + ctx.interval, chunks)):
+                state = group[-1].carry() if group else state
+                group.append(_Chunk(text, n, state, products[n]))
+            while group:
+                chunk = group.pop()
+                into, gate_grads, into_scale = chunk.backward(chunk.rows(dy), dstate)
+                for whole, part in zip(drows, into, strict=True):
+                    chunk.put(whole, part)
+                chunk.put_gates(dgates, gate_grads)
+                if dscale is not None and into_scale is not None:
+                    dscale += into_scale.unflatten(0, q.shape[:2]).sum(0)
+        dstart = [x.unflatten(0, q.shape[:2]) for x in dstate.tensors]
+        return (None, None, None, *drows, dscale, *dgates, *dstart)
 
 
-class _ChunkBackward:
-    """One chunk, recomputed and differentiated.
+class _State(NamedTuple):
+    """Weights and momentum, per layer [N, in, out]."""
 
-    Call `reading`, `carrying`, `surprise` in this order: each adds to the gradients of the chunk's
-    inputs z and errors delta, and the last passes those on to k, v and the weights.
-    """
+    weights: Sequence[Tensor]
+    momentum: Sequence[Tensor] | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layers: int) -> "_State":
+        return cls(tensors[:layers], tensors[layers:] or None)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.weights, *(self.momentum or ())]
+
+
+class _Text(NamedTuple):
+    """What is read: q, k, v [B, H, T, K], gates [B, H, L, T], scale [H, K] and the chunk length."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    scale: Tensor | None
+    size: int
+
+
+class _Chunk:
+    """One chunk, from the state at its start and, where they were kept, its `products`."""
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weights: Sequence[Tensor],
-        momentum: Sequence[Tensor] | None,
-        coefficients: ChunkCoefficients,
-        grads: ChunkCoefficients,
-        scale: Tensor | None,
+        text: _Text,
+        index: int,
+        state: _State,
+        products: Sequence[Tensor | None] | None = None,
     ) -> None:
-        self.q, self.k, self.v, self.scale = q, k, v, scale
-        self.weights, self.momentum = weights, momentum
-        self.coefficients, self.grads = coefficients, grads
-        self.dscale: Tensor | float = 0.0
-        # Filled by `reading`, last layer first, then turned round.
+        self.start, self.size = index * text.size, text.size
+        self.batch = text.q.shape[0]
+        self.scale = None
+        if text.scale is not None:
+            self.scale = text.scale.expand(self.batch, -1, -1).flatten(0, 1)
+        self.weights, self.momentum = state
+        self.q, k, v = self.rows(text.q), self.rows(text.k), self.rows(text.v)
+        self.gates = text.gates.map(self._gate)
+        self.coefficients, self.decays = coefficients_and_decays(self.gates)
+        layers = len(self.weights)
+        hidden: Any = None if products is None else products[:layers]
+        self.inner = InnerGradient(k, v, self.weights, self.scale, hidden)
+        self.reads: list[LayerRead] = []
+        if products is not None:
+            kept: Any = zip(*[iter(products[layers:])] * 4, strict=True)
+            self.reads = [LayerRead(*each) for each in kept]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The chunk's part of [B, H, T, K] as [N, C, K]."""
+        return x.narrow(2, self.start, self.size).flatten(0, 1)
+
+    def put(self, whole: Tensor, rows: Tensor) -> None:
+        """Back: rows [N, C, K] into their part of [B, H, T, K]."""
+        whole.narrow(2, self.start, self.size).copy_(rows.unflatten(0, (self.batch, -1)))
+
+    def _gate(self, gate: Tensor) -> Tensor:
+        """The chunk's part of [B, H, L, T] as [L, N, C]."""
+        return gate.narrow(3, self.start, self.size).permute(2, 0, 1, 3).flatten(1, 2)
+
+    def put_gates(self, whole: Gates, part: Gates) -> None:
+        """Back: gates [L, N, C] into their part of [B, H, L, T]."""
+        for gate, new in zip(whole, part, strict=True):
+            if gate is not None and new is not None:
+                new = new.unflatten(1, (self.batch, -1)).permute(1, 2, 0, 3)
+                gate.narrow(3, self.start, self.size).copy_(new)
+
+    def read(self) -> Tensor:
+        """y [N, C, K]."""
+        self.reads = read_layers(
+            self.q,
+            self.weights,
+            self.momentum,
+            self.inner.inputs,
+            self.inner.errors,
+            self.coefficients,
+        )
+        return memory_output(self.q, self.reads[-1].out, self.scale)
+
+    def products(self) -> list[Tensor | None]:
+        """What `backward` would have to multiply again, after `read`."""
+        return [*self.inner.hidden, *(tensor for read in self.reads for tensor in read)]
+
+    def carry(self) -> _State:
+        """The state after the chunk."""
+        return _State(
+            *carry_chunk(
+                self.weights, self.momentum, self.inner.inputs, self.inner.errors, self.coefficients
+            )
+        )
+
+    def backward(self, dy: Tensor, dstate: _State) -> tuple[Tensors, Gates, Tensor | None]:
+        """From dy [N, C, K] and the gradients of the state after the chunk, which become those of
+        the state before it, to those of q, k, v, of the gates and of the scale [N, K]."""
+        self.grads = self.coefficients.map(torch.zeros_like)
         self.dinputs: list[Tensor] = []
         self.derrors: list[Tensor] = []
-        self.dweights: list[Tensor] = []
-        self.dmomentum: list[Tensor] = []
-        self.inputs, self.hidden = [k], [k @ weights[0]]
-        for weight in weights[1:]:
-            self.inputs.append(F.gelu(self.hidden[-1]))
-            self.hidden.append(self.inputs[-1] @ weight)
-        if scale is None:
-            self.errors = [2 * (self.hidden[-1] - v)]
-        else:
-            self.normed, self.inverse = normalise(self.hidden[-1])
-            self.residual = 2 * (torch.addcmul(k, scale, self.normed) - v)
-            self.slope = scale * self.residual
-            self.errors = [_norm_backward(self.slope, self.normed, self.inverse)]
-        self.pulled: list[Tensor] = []  # delta_{l+1} W_{l+1}^T, before the slope of GELU
-        for weight, hidden in zip(reversed(weights[1:]), reversed(self.hidden[:-1]), strict=True):
-            self.pulled.append(self.errors[-1] @ weight.mT)
-            self.errors.append(_gelu_backward(self.pulled[-1], hidden))
-        self.errors.reverse()
-        self.pulled.reverse()
+        self.dweights, self.dmomentum = dstate
+        for layer in range(len(self.weights)):
+            self._carry_backward(layer)
+        dq, dscale = self._read_backward(dy)
+        dk, dv, more = self.inner.backward(self.dinputs, self.derrors, self.dweights)
+        dgates = coefficients_backward(self.gates, self.decays, self.coefficients, self.grads)
+        return (dq, dk, dv), dgates, None if dscale is None or more is None else dscale + more
 
-    def reading(self, dy: Tensor) -> Tensor:
-        """Through y_t = M_t(q_t). Returns dq."""
-        xs, outs, products = [self.q], list[Tensor](), list[Tensor]()
-        for layer, (weight, z, error) in enumerate(
-            zip(self.weights, self.inputs, self.errors, strict=True)
-        ):
-            if layer:
-                xs.append(F.gelu(outs[-1]))
-            x = xs[-1]
-            out = (x @ weight).mul_(self.coefficients.memory_carry[layer].unsqueeze(-1))
-            if self.momentum is not None:
-                carry = self.coefficients.momentum_carry
-                assert carry is not None
-                out.addcmul_(x @ self.momentum[layer], carry[layer].unsqueeze(-1))
-            products.append(x @ z.mT)
-            outs.append(out.baddbmm_(products[-1] * self.coefficients.write[layer], error, alpha=-1))
-        dq = dy
-        if self.scale is None:
-            dout, dq = dy, torch.zeros_like(dy)
-        else:
-            normed, inverse = normalise(outs[-1])
-            self.dscale = (dy * normed).sum(-2)
-            dout = _norm_backward(dy * self.scale, normed, inverse)
-        for layer in reversed(range(len(xs))):
-            dx = self._read_layer(layer, xs[layer], products[layer], dout)
-            if layer:
-                dout = _gelu_backward(dx, outs[layer - 1])
-        for kept in (self.dinputs, self.derrors, self.dweights, self.dmomentum):
-            kept.reverse()
-        return dq + dx
-
-    def _read_layer(self, layer: int, x: Tensor, product: Tensor, dout: Tensor) -> Tensor:
-        """Back through one layer's read; product is x z^T. Returns dx."""
+    def _carry_backward(self, layer: int) -> None:
+        """Through M_C and S_C of one layer: dinputs, derrors, and dstate scaled by the carries."""
         coefficients, grads = self.coefficients, self.grads
-        z, error = self.inputs[layer], self.errors[layer]
-        carry = coefficients.memory_carry[layer].unsqueeze(-1)
-        dx = dout @ self.weights[layer].mT
-        grads.memory_carry[layer] = (x * dx).sum(-1)
-        dx.mul_(carry)
-        self.dweights.append((x * carry).mT @ dout)
+        z, error = self.inner.inputs[layer], self.inner.errors[layer]
+        dweight = self.dweights[layer]
+        grads.memory_carry[layer][:, -1] = _dot(dweight, self.weights[layer])
+        dz, derror, grads.write[layer][:, -1] = _outer_backward(
+            dweight, z, error, coefficients.write[layer][:, -1]
+        )
         if self.momentum is not None:
+            assert self.dmomentum is not None
             assert coefficients.momentum_carry is not None and grads.momentum_carry is not None
-            carry = coefficients.momentum_carry[layer].unsqueeze(-1)
-            through = dout @ self.momentum[layer].mT
-            grads.momentum_carry[layer] = (x * through).sum(-1)
-            dx.addcmul_(through, carry)
-            self.dmomentum.append((x * carry).mT @ dout)
-        write = coefficients.write[layer]
-        dproduct = dout @ error.mT
-        torch.mul(product, dproduct, out=grads.write[layer]).neg_()
-        dproduct.mul_(write)
-        self.derrors.append(((product * write).mT @ dout).neg_())
-        self.dinputs.append((dproduct.mT @ x).neg_())
-        return dx.baddbmm_(dproduct, z, alpha=-1)
+            assert coefficients.final_carry is not None and grads.final_carry is not None
+            assert coefficients.final_write is not None and grads.final_write is not None
+            dmomentum = self.dmomentum[layer]
+            grads.momentum_carry[layer][:, -1] = _dot(dweight, self.momentum[layer])
+            grads.final_carry[layer] = _dot(dmomentum, self.momentum[layer])
+            _, _, grads.final_write[layer] = _outer_backward(
+                dmomentum, z, error, coefficients.final_write[layer], dz, derror
+            )
+            dmomentum.mul_(coefficients.final_carry[layer][:, None, None])
+            last = coefficients.momentum_carry[layer][:, -1, None, None]
+            dmomentum.addcmul_(dweight, last)
+        dweight.mul_(coefficients.memory_carry[layer][:, -1, None, None])
+        self.dinputs.append(dz)
+        self.derrors.append(derror)
 
-    def carrying(self, dstate: Sequence[Tensor]) -> None:
-        """Through M_C and S_C."""
-        coefficients, grads = self.coefficients, self.grads
-        layers = len(self.weights)
-        for layer, (z, error, weight) in enumerate(
-            zip(self.inputs, self.errors, self.weights, strict=True)
-        ):
-            dweight = dstate[layer]
-            parts = [(dweight, coefficients.write[layer][:, -1], grads.write[layer][:, -1])]
-            grads.memory_carry[layer][:, -1] += (dweight * weight).sum((-1, -2))
-            last = coefficients.memory_carry[layer][:, -1, None, None]
-            self.dweights[layer].addcmul_(dweight, last)
-            if self.momentum is not None:
-                momentum, dmomentum = self.momentum[layer], dstate[layers + layer]
-                assert coefficients.momentum_carry is not None and grads.momentum_carry is not None
-                assert coefficients.final_carry is not None and grads.final_carry is not None
-                assert coefficients.final_write is not None and grads.final_write is not None
-                grads.momentum_carry[layer][:, -1] += (dweight * momentum).sum((-1, -2))
-                grads.final_carry[layer] = (dmomentum * momentum).sum((-1, -2))
-                last = coefficients.momentum_carry[layer][:, -1, None, None]
-                final = coefficients.final_carry[layer][:, None, None]
-                self.dmomentum[layer].addcmul_(dweight, last).addcmul_(dmomentum, final)
-                parts.append((dmomentum, coefficients.final_write[layer], grads.final_write[layer]))
-            for dnew, coefficient, dcoefficient in parts:
-                through = error @ dnew.mT
-                dcoefficient -= (z * through).sum(-1)
-                self.dinputs[layer].addcmul_(through, coefficient.unsqueeze(-1), value=-1)
-                self.derrors[layer].addcmul_(z @ dnew, coefficient.unsqueeze(-1), value=-1)
-
-    def surprise(self) -> tuple[Tensor, Tensor]:
-        """Through the error signals and the memory's forward pass on k. Returns dk, dv."""
-        dhidden = []
-        for layer, weight in enumerate(self.weights[1:]):
-            hidden, derror = self.hidden[layer], self.derrors[layer]
-            dpulled = _gelu_backward(derror, hidden)
-            dhidden.append(derror.mul_(self.pulled[layer]).mul_(gelu_curvature(hidden)))
-            self.derrors[layer + 1].baddbmm_(dpulled, weight)
-            self.dweights[layer + 1].baddbmm_(dpulled.mT, self.errors[layer + 1])
-        derror = self.derrors[-1]
+    def _read_backward(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Through y_t = M_t(q_t). Returns the gradients of q and of the scale."""
         if self.scale is None:
-            dresidual = derror
-            dhidden.append(2 * derror)
-            dk: Tensor | float = 0.0
+            dscale, dout = None, dy
         else:
-            dslope = _norm_backward(derror, self.normed, self.inverse)
-            size = derror.shape[-1]
-            both = (derror * self.errors[-1]).sum(-1, keepdim=True) / size
-            dnormed = self.slope * (derror * self.normed).sum(-1, keepdim=True)
-            dnormed.addcmul_(derror, (self.slope * self.normed).sum(-1, keepdim=True))
-            dnormed.mul_(self.inverse / -size)
-            dresidual = dslope * self.scale
-            dnormed.addcmul_(dresidual, self.scale, value=2)
-            self.dscale = self.dscale + (dslope * self.residual + 2 * (dresidual * self.normed)).sum(-2)
-            through = _norm_backward(dnormed, self.normed, self.inverse)
-            dhidden.append(through.addcmul_(self.normed * both, self.inverse, value=-1))
-            dk = 2 * dresidual
+            normed, inverse = normalise(self.reads[-1].out)
+            dscale = (dy * normed).sum(-2)
+            dout = normalise_backward(dy * self.scale.unsqueeze(-2), normed, inverse)
         for layer in reversed(range(len(self.weights))):
-            self.dweights[layer].baddbmm_(self.inputs[layer].mT, dhidden[layer])
-            dinput = self.dinputs[layer].baddbmm_(dhidden[layer], self.weights[layer].mT)
+            below = self.reads[layer - 1].out
+            dx = self._read_layer_backward(layer, F.gelu(below) if layer else self.q, dout)
             if layer:
-                dhidden[layer - 1].add_(_gelu_backward(dinput, self.hidden[layer - 1]))
-        return dinput + dk, -2 * dresidual
+                dout = gelu_backward(dx, below)
+        return dx if self.scale is None else dx.add_(dy), dscale
+
+    def _read_layer_backward(self, layer: int, x: Tensor, dout: Tensor) -> Tensor:
+        """Back through one layer's read of x. Returns dx."""
+        coefficients, grads = self.coefficients, self.grads
+        _, product, through, surprise = self.reads[layer]
+        write = coefficients.write[layer]
+        dproduct = dout @ self.inner.errors[layer].mT
+        grads.write[layer].addcmul_(product, dproduct)
+        dproduct.mul_(write)
+        self.derrors[layer].baddbmm_((product * write).mT, dout)
+        self.dinputs[layer].baddbmm_(dproduct.mT, x)
+        dx = dproduct @ self.inner.inputs[layer]
+        carry, dcarry = coefficients.memory_carry[layer], grads.memory_carry[layer]
+        _carried_backward(
+            x, self.weights[layer], through, carry, dout, dx, self.dweights[layer], dcarry
+        )
+        if self.momentum is not None:
+            assert self.dmomentum is not None
+            assert coefficients.momentum_carry is not None and grads.momentum_carry is not None
+            carry, dcarry = coefficients.momentum_carry[layer], grads.momentum_carry[layer]
+            _carried_backward(
+                x, self.momentum[layer], surprise, carry, dout, dx, self.dmomentum[layer], dcarry
+            )
+        return dx
 
 
-def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b over all but the first dimension."""
+    return (a * b).sum((-1, -2))
 
 
-def _norm_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
-    """Back through LayerNorm without scale; symmetric, so it serves the inner gradient as well."""
-    projected = torch.addcmul(
-        grad - grad.mean(-1, keepdim=True),
-        normed,
-        (grad * normed).mean(-1, keepdim=True),
-        value=-1,
-    )
-    return projected.mul_(inverse)
+def _outer_backward(
+    dout: Tensor,
+    left: Tensor,
+    right: Tensor,
+    diagonal: Tensor,
+    dleft: Tensor | None = None,
+    dright: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through left^T diag(diagonal) right. Returns the gradients of left, right (added in place
+    where given) and diagonal."""
+    column = diagonal.unsqueeze(-1)
+    if left.shape[-1] <= right.shape[-1]:
+        narrow, wide, dnarrow, dwide, to_narrow = left, right, dleft, dright, dout.mT
+    else:
+        narrow, wide, dnarrow, dwide, to_narrow = right, left, dright, dleft, dout
+    pulled = wide @ to_narrow
+    ddiagonal = (narrow * pulled).sum(-1)
+    scaled = narrow * column
+    if dnarrow is None or dwide is None:
+        dnarrow, dwide = pulled.mul_(column), scaled @ to_narrow.mT
+    else:
+        dnarrow.addcmul_(pulled, column)
+        dwide.baddbmm_(scaled, to_narrow.mT)
+    if narrow is left:
+        return dnarrow, dwide, ddiagonal
+    return dwide, dnarrow, ddiagonal
+
+
+def _carried_backward(
+    x: Tensor,
+    weight: Tensor,
+    product: Tensor | None,
+    carry: Tensor,
+    dout: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dcarry: Tensor,
+) -> None:
+    """Back through `_carried`, with what it gave as product; adds to dx, dweight, dcarry."""
+    column = carry.unsqueeze(-1)
+    if product is None:
+        pulled = dout @ weight.mT
+        dcarry += (x * pulled).sum(-1)
+        dx.addcmul_(pulled, column)
+        dweight.baddbmm_((x * column).mT, dout)
+    else:
+        dcarry += (product * dout).sum(-1)
+        scaled = dout * column
+        dx.baddbmm_(scaled, weight.mT)
+        dweight.baddbmm_(x.mT, scaled)

@@ -1,48 +1,60 @@
 """Causal depthwise short convolution that continues from call to call."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def causal_conv(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y_t = sum_j weight[:, j] x_{t-J+1+j}: each channel sees its last J inputs.
+def causal_conv_silu(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y_t = silu(sum_j weight[:, j] x_{t-J+1+j}): each channel sees its last J inputs.
 
     x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros.
     Returns y [B, T, N] and the tail for the next call.
     """
-    kernel = weight.shape[1]
-    if tail is None:
-        tail = x.new_zeros(x.shape[0], kernel - 1, x.shape[2])
-    padded = torch.cat([tail.to(x.dtype), x], dim=1)
-    return _ShiftedSum.apply(padded, weight), padded[:, x.shape[1] :]
+    reach = weight.shape[1] - 1
+    tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
+    last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
+    return _ConvSilu.apply(x, weight, tail), last[:, last.shape[1] - reach :]
 
 
-class _ShiftedSum(torch.autograd.Function):
-    """The convolution as a sum of shifted products, in place: no transposes, no padded gradients.
+class _ConvSilu(torch.autograd.Function):
+    """The convolution as a sum of shifted products, in place: no transposes, no padded copies.
 
     Three times as fast as a grouped `conv1d` forward and backward on a CPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        taps = weight.mT.contiguous()
-        tokens = padded.shape[1] - len(taps) + 1
-        y = padded[:, :tokens] * taps[0]
-        for j in range(1, len(taps)):
-            y.addcmul_(padded[:, j : j + tokens], taps[j])
-        return y
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for tap, (rows, inputs), (early, before) in _shifts(weight, y, x, tail):
+            rows.addcmul_(inputs, tap)
+            early.addcmul_(before, tap)
+        ctx.save_for_backward(x, weight, tail, y)
+        return torch.nn.functional.silu(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        padded, weight = ctx.saved_tensors
-        taps = weight.mT.contiguous()
-        tokens = dy.shape[1]
-        dpadded, dtaps = torch.zeros_like(padded), torch.empty_like(taps)
-        product = torch.empty_like(dy)
-        for j in range(len(taps)):
-            dpadded[:, j : j + tokens].addcmul_(dy, taps[j])
-            dtaps[j] = torch.mul(dy, padded[:, j : j + tokens], out=product).sum((0, 1))
-        return dpadded, dtaps.mT
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, tail, y = ctx.saved_tensors
+        dy = torch.ops.aten.silu_backward(dout, y)
+        dx, dtail = torch.zeros_like(x), torch.zeros_like(tail)
+        dtaps, product = [], torch.empty_like(x)
+        for (tap, (rows, inputs), (early, before)), (_, (_, dinputs), (_, dbefore)) in zip(
+            _shifts(weight, dy, x, tail), _shifts(weight, dy, dx, dtail), strict=True
+        ):
+            dinputs.addcmul_(rows, tap)
+            dbefore.addcmul_(early, tap)
+            late = torch.mul(rows, inputs, out=product[:, : rows.shape[1]]).sum((0, 1))
+            dtaps.append(late + (early * before).sum((0, 1)))
+        return dx, torch.stack(dtaps, 1), dtail
+
+
+def _shifts(
+    weight: Tensor, y: Tensor, x: Tensor, tail: Tensor
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Each tap with the rows of y it gives to and those it takes: of x, and of the tail."""
+    tokens, reach = y.shape[1], weight.shape[1] - 1
+    for j, tap in enumerate(weight.mT.contiguous()):
+        back = min(reach - j, tokens)
+        yield tap, (y[:, back:], x[:, : tokens - back]), (y[:, :back], tail[:, j : j + back])

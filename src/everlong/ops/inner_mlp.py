@@ -18,16 +18,21 @@ from torch import Tensor
 NORM_EPS = 1e-5  # bounds the error signal where the network's output vanishes
 
 
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """grad times the derivative of the exact GELU at x, in one pass."""
+    return torch.ops.aten.gelu_backward(grad, x)
+
+
 def gelu_slope(x: Tensor) -> Tensor:
-    """The derivative of the exact GELU: Phi(x) + x phi(x)."""
-    density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density
+    """The derivative of the exact GELU."""
+    return gelu_backward(x.new_ones(()).expand_as(x), x)
 
 
-def gelu_curvature(x: Tensor) -> Tensor:
-    """The second derivative of the exact GELU: phi(x) (2 - x^2)."""
+def add_gelu_curvature_(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """out += grad times the second derivative of the exact GELU, phi(x) (2 - x^2); uses up `grad`."""
     square = x * x
-    return torch.exp(-0.5 * square).mul_(2 - square).mul_(1 / math.sqrt(2 * math.pi))
+    density = (square * -0.5).exp_()
+    return out.addcmul_(grad.mul_(density), square.sub_(2), value=-1 / math.sqrt(2 * math.pi))
 
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,11 +42,17 @@ def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     return centred * inverse, inverse
 
 
+def normalise_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
+    """Back through `normalise`; symmetric, so it serves the inner gradient as well."""
+    centred = grad - grad.mean(-1, keepdim=True)
+    return (centred - normed * (grad * normed).mean(-1, keepdim=True)) * inverse
+
+
 def memory_output(x: Tensor, last: Tensor, scale: Tensor | None) -> Tensor:
     """M(x) from its input and the last layer's product, [B, H, N, K] each."""
     if scale is None:
         return last
-    return x + scale.unsqueeze(-2) * normalise(last)[0]
+    return torch.addcmul(x, scale.unsqueeze(-2), normalise(last)[0])
 
 
 def apply_memory(x: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
@@ -52,28 +63,86 @@ def apply_memory(x: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> 
     return memory_output(x, hidden, scale)
 
 
-def error_signals(
-    k: Tensor, v: Tensor, weights: Sequence[Tensor], scale: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The factors of the inner gradient of |M(k) - v|^2, without autograd.
+class InnerGradient:
+    """The factors of the inner gradient of |M(k) - v|^2, and the way back through them.
 
-    k, v: [B, H, N, K]. Returns per layer the inputs z_l [B, H, N, in] and the error signals
-    delta_l [B, H, N, out], so that row n's gradient of layer l is z_l[n]^T delta_l[n].
+    k, v: [B, H, N, K] (or one dimension for B and H); scale: [H, K] (or [B H, K]). `inputs` are the
+    layers' inputs z_l [B, H, N, in] and `errors` the error signals delta_l [B, H, N, out]: row n's
+    gradient of layer l is z_l[n]^T delta_l[n]. hidden: the layers' products z_l W_l, if they are there
+    already. Autograd passes through; `backward` does without it.
     """
-    inputs, preactivations = [k], []
-    for index, weight in enumerate(weights):
-        preactivations.append(inputs[-1] @ weight)
-        if index + 1 < len(weights):
-            inputs.append(F.gelu(preactivations[-1]))
-    if scale is None:
-        error = 2 * (preactivations[-1] - v)
-    else:
-        normed, inverse = normalise(preactivations[-1])
-        scale = scale.unsqueeze(-2)
-        slope = scale * (2 * (k + scale * normed - v))
-        centred = slope - slope.mean(-1, keepdim=True)
-        error = inverse * (centred - normed * (slope * normed).mean(-1, keepdim=True))
-    errors = [error]
-    for weight, hidden in zip(reversed(weights[1:]), reversed(preactivations[:-1]), strict=True):
-        errors.append(errors[-1] @ weight.mT * gelu_slope(hidden))
-    return inputs, errors[::-1]
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        weights: Sequence[Tensor],
+        scale: Tensor | None,
+        hidden: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.weights = weights
+        self.scale = scale = None if scale is None else scale.unsqueeze(-2)
+        self.inputs: list[Tensor] = []
+        self.hidden: list[Tensor] = [] if hidden is None else list(hidden)
+        for layer, weight in enumerate(weights):
+            self.inputs.append(F.gelu(self.hidden[layer - 1]) if layer else k)
+            if hidden is None:
+                self.hidden.append(self.inputs[-1] @ weight)
+        if scale is None:
+            error = 2 * (self.hidden[-1] - v)
+        else:
+            self.normed, self.inverse = normalise(self.hidden[-1])
+            self.residual = 2 * (torch.addcmul(k, scale, self.normed) - v)
+            self.slope = scale * self.residual
+            error = normalise_backward(self.slope, self.normed, self.inverse)
+        self.errors = [error]
+        self.pulled: list[Tensor] = []  # delta_{l+1} W_{l+1}^T, before the slope of GELU
+        self.slopes = [gelu_slope(h) for h in self.hidden[:-1]]
+        for weight, slope in zip(reversed(weights[1:]), reversed(self.slopes), strict=True):
+            self.pulled.append(self.errors[-1] @ weight.mT)
+            self.errors.append(self.pulled[-1] * slope)
+        self.errors.reverse()
+        self.pulled.reverse()
+
+    def backward(
+        self, dinputs: Sequence[Tensor], derrors: Sequence[Tensor], dweights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From the gradients of `inputs` and `errors`, which are used up, to those of k, v, scale.
+
+        All tensors have three dimensions here. Adds to `dweights`.
+        """
+        dhidden: list[Tensor] = []
+        for layer, weight in enumerate(self.weights[1:]):
+            derror = derrors[layer]
+            dpulled = derror * self.slopes[layer]
+            dhidden.append(derror.mul_(self.pulled[layer]))
+            derrors[layer + 1].baddbmm_(dpulled, weight)
+            dweights[layer + 1].baddbmm_(dpulled.mT, self.errors[layer + 1])
+        dlast, dresidual, dscale = self._backward_of_last(derrors[-1])
+        dhidden.append(dlast)
+        for layer in reversed(range(len(self.weights))):
+            dweights[layer].baddbmm_(self.inputs[layer].mT, dhidden[layer])
+            dinput = dinputs[layer].baddbmm_(dhidden[layer], self.weights[layer].mT)
+            if layer:
+                below = layer - 1
+                through = dinput.mul_(self.slopes[below])
+                dhidden[below] = add_gelu_curvature_(through, dhidden[below], self.hidden[below])
+        dk = dinput if self.scale is None else dinput.add_(dresidual, alpha=2)
+        return dk, -2 * dresidual, dscale
+
+    def _backward_of_last(self, derror: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Through the last error signal: gradients of the last product, of k - v + ..., of scale."""
+        if self.scale is None:
+            return 2 * derror, derror, None
+        normed, inverse, slope = self.normed, self.inverse, self.slope
+        size = derror.shape[-1]
+        dslope = normalise_backward(derror, normed, inverse)
+        both = (derror * self.errors[-1]).sum(-1, keepdim=True) / size
+        dnormed = slope * (derror * normed).sum(-1, keepdim=True)
+        dnormed.addcmul_(derror, (slope * normed).sum(-1, keepdim=True))
+        dnormed.mul_(inverse / -size)
+        dresidual = dslope * self.scale
+        dnormed.addcmul_(dresidual, self.scale, value=2)
+        dscale = torch.addcmul(dslope * self.residual, dresidual, normed, value=2).sum(-2)
+        dlast = normalise_backward(dnormed, normed, inverse)
+        return dlast.addcmul_(normed * both, inverse, value=-1), dresidual, dscale

@@ -121,7 +121,7 @@ class NeuralMemoryState:
         for layer, weight in enumerate(self.weights):
             z, error = self.inputs[layer], self.errors[layer]
             new = memory_carry[:, :, layer, :, None] * weight
-            new = new - (z * write[:, :, layer, :, None]).mT @ error
+            new = new + (z * write[:, :, layer, :, None]).mT @ error
             if self.momentum is not None and coefficients.momentum_carry is not None:
                 carry = coefficients.momentum_carry.gather(-1, take)[:, :, layer, :, None]
                 new = new + carry * self.momentum[layer]
@@ -135,7 +135,7 @@ class NeuralMemoryState:
             z, error = self.inputs[layer], self.errors[layer]
             momentum.append(
                 final_carry[:, :, layer, None, None] * start
-                - (z * final_write[:, :, layer, :, None]).mT @ error
+                + (z * final_write[:, :, layer, :, None]).mT @ error
             )
         return tuple(weights), tuple(momentum)
 

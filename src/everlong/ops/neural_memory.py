@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from everlong.ops.chunk_scan import carry_chunk, read_rows, scan_chunks
+from everlong.ops.chunk_scan import carry_chunk, read_layers, scan_chunks
 from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
-from everlong.ops.inner_mlp import NORM_EPS, apply_memory, error_signals
+from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
 
 
@@ -219,11 +219,12 @@ def _extend(
     `start` and `count` are integers, or [B] where rows differ (row b uses its first count[b]).
     """
     q, k, v = rows
-    inputs, errors = error_signals(k, v, state.weights, scale)
-    state = _insert(state, inputs, errors, gates, start, count)
+    inner = InnerGradient(k, v, state.weights, scale)
+    state = _insert(state, inner.inputs, inner.errors, gates, start, count)
     coefficients = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
     rows_of = _slot_rows(coefficients, start, q.shape[2])
-    y = read_rows(q, state.weights, state.momentum, state.inputs, state.errors, rows_of, scale)
+    reads = read_layers(q, state.weights, state.momentum, state.inputs, state.errors, rows_of)
+    y = memory_output(q, reads[-1].out, scale)
     full = state.position == state.chunk_size
     if bool(full.any()):
         weights, momentum = carry_chunk(
