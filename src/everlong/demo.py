@@ -1,9 +1,9 @@
 """The demo: a memory and a Transformer of the same size look for a pass key in real text, far
 beyond the length they were trained at.
 
-`everlong demo` starts anew each time. `everlong demo --full` goes on from what is there, the demo's
-own models among it, and from where it was stopped: a trained model and a scored length stay as
-they are.
+`everlong demo` starts anew each time. `everlong demo --full` trains the memory longer, with three
+seeds. It goes on from what is there, the demo's own Transformer among it, and from where it was
+stopped: a trained model and a scored length stay as they are.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
 # Windowed attention is at chance long before 16K. Full attention stops there: its time a sample
 # grows with the square of the length, and it fails at a few times its training length.
 FULL = (
-    Entry("needle-lmm", TO_128K, seeds=(0, 1, 2)),
+    Entry("needle-lmm-long", TO_128K, seeds=(0, 1, 2)),
     Entry("needle-attention", TO_16K, seeds=(0, 1, 2)),
     Entry("needle-full-attention", TO_16K),
 )

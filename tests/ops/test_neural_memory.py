@@ -62,6 +62,16 @@ def test_dual_form_equals_reference(layers, tokens, first, switches):
         assert_close(name, got[name], want[name])
 
 
+@pytest.mark.parametrize("switches", [{}, {"momentum": False}, {"decay": False, "norm": False}])
+def test_many_chunks(switches):
+    """More than a block of chunks, and states kept at some of them only."""
+    inputs = make_inputs(2 * 11 + 1, **switches)
+    want = outputs_and_gradients(recurrent_neural_memory, inputs, 23, 2, 0)
+    got = outputs_and_gradients(chunk_neural_memory, inputs, 23, 2, 0)
+    for name in want:
+        assert_close(name, got[name], want[name])
+
+
 def test_chunk_of_one_is_the_exact_recurrence():
     inputs = make_inputs(5)
     want = outputs_and_gradients(recurrent_neural_memory, inputs, 5, 1, 0)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from everlong.ops import unit_rms
+
 
 class RMSNorm(nn.Module):
     """weight * x / rms(x), computed in at least float32, in Llama's order of operations.
@@ -21,6 +23,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size]. Returns the same shape and type."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * unit_rms(x, self.eps)

@@ -7,7 +7,7 @@ from everlong.ops.neural_memory import (
     read_neural_memory,
     recurrent_neural_memory,
 )
-from everlong.ops.unit_length import unit_length
+from everlong.ops.norm import unit_length, unit_rms
 
 __all__ = [
     "NeuralMemoryState",
@@ -16,4 +16,5 @@ __all__ = [
     "read_neural_memory",
     "recurrent_neural_memory",
     "unit_length",
+    "unit_rms",
 ]

@@ -1,11 +1,13 @@
 """Whole chunks of the neural memory, one after the other, by matrix products.
 
-The forward pass keeps nothing but the memory at some chunks' starts; the backward pass is written
-out by hand and computes the rest again. Backward walks `read_rows`, `carry_chunk` and
-`InnerGradient` in reverse; a name with d in front is the loss's gradient of it.
+The forward pass keeps its products, but of the memory itself only some chunks' starts; the backward
+pass is written out by hand. It walks `InnerGradient`, `carry_chunk` and `read_layers` in reverse; a
+name with d in front is the loss's gradient of it.
 
-A memory network's layers are wide on one side. Products with a diagonal (gates, decays) are taken
-on the narrow side, since passes over the wide one cost as much as matrix products.
+Three things cost time beside the products, and shape the code. A memory network's layers are wide on
+one side: products with a diagonal (gates, decays) are taken on the narrow one. Calls are many: what
+does not depend on the memory is done for many chunks at once. And the memories of a batch are one
+dimension M = B H, as `bmm` wants them.
 """
 
 import math
@@ -19,22 +21,65 @@ from torch import Tensor
 from everlong.ops.decay import (
     ChunkCoefficients,
     Gates,
+    chunk_coefficients,
     coefficients_and_decays,
     coefficients_backward,
 )
-from everlong.ops.inner_mlp import (
-    InnerGradient,
-    gelu_backward,
-    memory_output,
-    normalise,
-    normalise_backward,
-)
+from everlong.ops.inner_mlp import InnerGradient, LayerNorm, gelu_backward, memory_output
 
 Tensors = tuple[Tensor, ...]
+BLOCK = 4  # chunks whose coefficients are computed at once
+
+
+class LayerCoefficients(NamedTuple):
+    """One layer's coefficients of a chunk, shaped to multiply rows [M, N, .] and states [M, ., .]."""
+
+    memory_carry: Tensor  # [M, N, 1]
+    momentum_carry: Tensor | None  # [M, N, 1]
+    write: Tensor  # [M, N, C]
+    last_memory_carry: Tensor  # [M, 1, 1]   of the chunk's last row: what its end is made of
+    last_momentum_carry: Tensor | None  # [M, 1, 1]
+    last_write: Tensor  # [M, C, 1]
+    final_carry: Tensor | None  # [M, 1, 1]
+    final_write: Tensor | None  # [M, C, 1]
+
+
+def layer_coefficients(
+    chunk: ChunkCoefficients, rows: ChunkCoefficients | None = None
+) -> list[LayerCoefficients]:
+    """A chunk's coefficients, [layers, M, ...] (or [chunks * layers, M, ...]), layer by layer.
+
+    rows: those of the rows to read; all of the chunk's if None.
+    """
+    rows = rows or chunk
+
+    def column(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unsqueeze(-1)
+
+    def last(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., -1:].unsqueeze(-1)
+
+    views = (
+        column(rows.memory_carry),
+        column(rows.momentum_carry),
+        rows.write,
+        last(chunk.memory_carry),
+        last(chunk.momentum_carry),
+        chunk.write[..., -1, :].unsqueeze(-1),
+        None if chunk.final_carry is None else chunk.final_carry[..., None, None],
+        column(chunk.final_write),
+    )
+    each = [None if view is None else view.unbind(0) for view in views]
+    count = rows.write.shape[0]
+
+    def layer(i: int) -> Any:
+        return (None if x is None else x[i] for x in each)
+
+    return [LayerCoefficients(*layer(i)) for i in range(count)]
 
 
 class LayerRead(NamedTuple):
-    """One layer's read: x W_t; x W and x S where that is the narrow side; x z^T."""
+    """One layer's read: x W_t; x z^T; x W and x S where that is the narrow side."""
 
     out: Tensor
     product: Tensor
@@ -48,26 +93,27 @@ def read_layers(
     momentum: Sequence[Tensor] | None,
     inputs: Sequence[Tensor],
     errors: Sequence[Tensor],
-    rows: ChunkCoefficients,
+    coefficients: Sequence[LayerCoefficients],
 ) -> list[LayerRead]:
     """The products of M_t(q_t) without forming M_t; layer by layer
 
         x W_t = a_t (x W_0) + b_t (x S_0) + ((x z^T) * write[t]) delta
 
-    q: [B, H, N, K]; weights, momentum: at the chunk's start; inputs z and errors delta: of the
-    whole chunk, [B, H, C, .]; rows: the coefficients of q's tokens, layers first.
+    q: [M, N, K]; weights, momentum: at the chunk's start, [M, in, out]; inputs z and errors delta: of
+    the whole chunk, [M, C, .].
     """
     x, reads = q, list[LayerRead]()
-    for layer, weight in enumerate(weights):
+    for layer, rows in enumerate(coefficients):
         if layer:
             x = F.gelu(reads[-1].out)
-        product = x @ inputs[layer].mT
-        out, through = _carried(x, weight, rows.memory_carry[layer])
+        product = torch.bmm(x, inputs[layer].mT)
+        out, through = _carried(x, weights[layer], rows.memory_carry)
         surprise = None
         if momentum is not None and rows.momentum_carry is not None:
-            surprise = _carried(x, momentum[layer], rows.momentum_carry[layer], out)[1]
-        _add_product(out, product * rows.write[layer], errors[layer])
-        reads.append(LayerRead(out, product, through, surprise))
+            surprise = _carried(x, momentum[layer], rows.momentum_carry, out)[1]
+        reads.append(
+            LayerRead(out.baddbmm_(product * rows.write, errors[layer]), product, through, surprise)
+        )
     return reads
 
 
@@ -75,19 +121,32 @@ def _carried(
     x: Tensor, weight: Tensor, carry: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """diag(carry) x weight, added to `out` where given; and x weight, if that is the narrow side."""
-    column = carry.unsqueeze(-1)
     if x.shape[-1] <= weight.shape[-1]:
-        x = x * column
-        return (x @ weight if out is None else _add_product(out, x, weight)), None
-    product = x @ weight
-    return (product * column if out is None else out.addcmul_(product, column)), product
+        x = x * carry
+        return (torch.bmm(x, weight) if out is None else out.baddbmm_(x, weight)), None
+    product = torch.bmm(x, weight)
+    return (product * carry if out is None else out.addcmul_(product, carry)), product
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out + left @ right, in place: a fresh state for each chunk would cost more than its product."""
-    flat = out.flatten(0, -3)
-    flat.baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
-    return out
+def _carried_backward(
+    x: Tensor,
+    weight: Tensor,
+    product: Tensor | None,
+    carry: Tensor,
+    dout: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+) -> Tensor:
+    """Back through `_carried`, with what it gave as product; adds to dx, dweight; returns dcarry."""
+    if product is None:
+        pulled = torch.bmm(dout, weight.mT)
+        dweight.baddbmm_((x * carry).mT, dout)
+        dx.addcmul_(pulled, carry)
+        return pulled.mul_(x).sum(-1)
+    scaled = dout * carry
+    dx.baddbmm_(scaled, weight.mT)
+    dweight.baddbmm_(x.mT, scaled)
+    return (product * dout).sum(-1)
 
 
 def carry_chunk(
@@ -95,28 +154,49 @@ def carry_chunk(
     momentum: Sequence[Tensor] | None,
     inputs: Sequence[Tensor],
     errors: Sequence[Tensor],
-    coefficients: ChunkCoefficients,
-) -> tuple[Tensors, Tensors | None]:
-    """M_C and S_C, the state after a full chunk (coefficients with the layers first)."""
-    new_weights, new_momentum = [], []
-    for layer, (weight, z, error) in enumerate(zip(weights, inputs, errors, strict=True)):
-        new = coefficients.memory_carry[layer][..., -1, None, None] * weight
-        if momentum is not None and coefficients.momentum_carry is not None:
-            assert coefficients.final_carry is not None and coefficients.final_write is not None
-            new.addcmul_(coefficients.momentum_carry[layer][..., -1, None, None], momentum[layer])
-            kept = coefficients.final_carry[layer][..., None, None] * momentum[layer]
-            new_momentum.append(_add_outer(kept, z, error, coefficients.final_write[layer]))
-        new_weights.append(_add_outer(new, z, error, coefficients.write[layer][..., -1, :]))
-    return tuple(new_weights), None if momentum is None else tuple(new_momentum)
+    coefficients: Sequence[LayerCoefficients],
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """M_C and S_C, the state after a full chunk."""
+    new_weights, new_momentum = list[Tensor](), list[Tensor]()
+    for layer, now in enumerate(coefficients):
+        z, error = inputs[layer], errors[layer]
+        new = weights[layer] * now.last_memory_carry
+        if momentum is not None and now.last_momentum_carry is not None:
+            assert now.final_carry is not None and now.final_write is not None
+            new.addcmul_(momentum[layer], now.last_momentum_carry)
+            kept = momentum[layer] * now.final_carry
+            new_momentum.append(_add_outer_(kept, z, error, now.final_write))
+        new_weights.append(_add_outer_(new, z, error, now.last_write))
+    return new_weights, new_momentum or None
 
 
-def _add_outer(out: Tensor, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
-    """out + left^T diag(diagonal) right, in place. left, right: [..., C, .]; diagonal: [..., C]."""
+def _add_outer_(out: Tensor, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
+    """out + left^T diag(diagonal) right, in place. left, right: [M, C, .]; diagonal: [M, C, 1]."""
     if left.shape[-1] <= right.shape[-1]:
-        left = left * diagonal.unsqueeze(-1)
+        return out.baddbmm_((left * diagonal).mT, right)
+    return out.baddbmm_(left.mT, right * diagonal)
+
+
+def _outer_backward(
+    dout: Tensor,
+    left: Tensor,
+    right: Tensor,
+    diagonal: Tensor,
+    grads: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through left^T diag(diagonal) right. Returns the gradients of left and right (`grads`,
+    added to in place, where given) and of diagonal."""
+    flip = left.shape[-1] > right.shape[-1]
+    narrow, wide, to_narrow = (right, left, dout) if flip else (left, right, dout.mT)
+    pulled = torch.bmm(wide, to_narrow)
+    ddiagonal = (narrow * pulled).sum(-1)
+    scaled = narrow * diagonal
+    if grads is None:
+        pair = pulled.mul_(diagonal), torch.bmm(scaled, to_narrow.mT)
     else:
-        right = right * diagonal.unsqueeze(-1)
-    return _add_product(out, left.mT, right)
+        dnarrow, dwide = reversed(grads) if flip else grads
+        pair = dnarrow.addcmul_(pulled, diagonal), dwide.baddbmm_(scaled, to_narrow.mT)
+    return (pair[1], pair[0], ddiagonal) if flip else (*pair, ddiagonal)
 
 
 def scan_chunks(
@@ -132,76 +212,89 @@ def scan_chunks(
     rows: q, k, v as [B, H, T, K], T a multiple of C. gates: theta, log_retain, log_eta as
     [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk.
     """
-    layers = len(weights)
-    inputs = (*rows, scale, *gates, *weights, *(momentum or ()))
+    layers, memories = len(weights), rows[0].shape[:2]
+    chunks = [x.unflatten(2, (-1, chunk_size)).movedim(2, 0).flatten(1, 2) for x in rows]
+    gates = gates.map(lambda g: g.unflatten(3, (-1, chunk_size)).permute(3, 2, 0, 1, 4).flatten(2, 3))
+    scales = None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
+    state = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]
+    inputs = (*chunks, scales, *gates, *state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, *final = _ChunkScan.apply(layers, chunk_size, train, *inputs)
+    y, *final = _ChunkScan.apply(layers, train, *inputs)
+    y = y.unflatten(0, memories)
+    final = [x.unflatten(0, memories) for x in final]
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
 
 
 class _ChunkScan(torch.autograd.Function):
-    """See `scan_chunks`. Inside, B and H are one dimension N: one memory each."""
+    """See `scan_chunks`; q, k, v: [chunks, M, C, K], gates: [chunks, L, M, C], y: [M, T, K]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, layers: int, size: int, train: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-    ) -> Any:
-        scale, theta, log_retain, log_eta, *start = rest
-        batch, heads, tokens, _ = q.shape
-        text = _Text(q, k, v, Gates(theta, log_retain, log_eta), scale, size)
-        state = _State.of([x.flatten(0, 1) for x in start], layers)
-        # States are kept every so many chunks and computed again between: they are the largest.
-        interval = max(1, math.isqrt(tokens // size // 2))
+    def forward(ctx: Any, layers: int, train: bool, *inputs: Any) -> Any:
+        text, state = _Text.of(inputs, layers)
+        chunks = len(text.q)
+        # States are the largest of all: kept every so many chunks, computed again between.
+        interval = min(max(1, math.isqrt(chunks // 2)), BLOCK)
         states: list[Tensor] = []
         products: list[Tensor | None] = []
-        y = torch.empty_like(q)
-        for n in range(tokens // size):
-            chunk = _Chunk(text, n, state)
-            chunk.put(y, chunk.read())
-            if train:
-                states += state.tensors if n % interval == 0 else ()
-                products += chunk.products()
-            state = chunk.carry()
-        ctx.layers, ctx.size, ctx.interval = layers, size, interval
-        ctx.states, ctx.products = len(states), len(products)
-        ctx.save_for_backward(q, k, v, scale, theta, log_retain, log_eta, *states, *products)
-        return (y, *(x.unflatten(0, (batch, heads)) for x in state.tensors))
+        ys: list[Tensor] = []
+        for first in range(0, chunks, BLOCK):
+            coefficients = text.coefficients(first)
+            for n, now in enumerate(coefficients):
+                chunk = _Chunk(text, first + n, state, now)
+                ys.append(chunk.read())
+                if train:
+                    states += state.tensors if n % interval == 0 else ()
+                    products += chunk.products()
+                state = chunk.carry()
+        ctx.layers, ctx.interval = layers, interval
+        ctx.inputs, ctx.states = len(inputs) - len(state.tensors), len(states)
+        ctx.save_for_backward(*inputs[: ctx.inputs], *states, *products)
+        return (torch.cat(ys, 1), *state.tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
-        q, k, v, scale, theta, log_retain, log_eta, *saved = ctx.saved_tensors
-        gates = Gates(theta, log_retain, log_eta)
-        text = _Text(q, k, v, gates, scale, ctx.size)
-        chunks = q.shape[2] // ctx.size
-        states = saved[: ctx.states]
-        each = ctx.products // chunks
-        products = [saved[at : at + each] for at in range(ctx.states, len(saved), each)]
-        drows = [torch.empty_like(x) for x in (q, k, v)]
-        dgates = gates.map(torch.empty_like)
-        dscale = None if scale is None else torch.zeros_like(scale)
+        saved = ctx.saved_tensors
+        text, _ = _Text.of(saved[: ctx.inputs], ctx.layers)
+        states, products = list(saved[ctx.inputs :][: ctx.states]), saved[ctx.inputs + ctx.states :]
+        chunks, each = len(text.q), 5 * ctx.layers
+        dys = dy.unflatten(1, (chunks, -1)).unbind(1)
         # Gradients of the state are scaled and added to in place from here on: copies.
-        dstate = _State.of([x.flatten(0, 1).clone() for x in dfinal], ctx.layers)
-        for first in reversed(range(0, chunks, ctx.interval)):
-            state = _State.of(states[-len(dfinal) :], ctx.layers)
-            del states[-len(dfinal) :]
-            group: list[_Chunk] = []
-            for n in range(first, min(first + ctx.interval, chunks)):
-                state = group[-1].carry() if group else state
-                group.append(_Chunk(text, n, state, products[n]))
-            while group:
-                chunk = group.pop()
-                into, gate_grads, into_scale = chunk.backward(chunk.rows(dy), dstate)
-                for whole, part in zip(drows, into, strict=True):
-                    chunk.put(whole, part)
-                chunk.put_gates(dgates, gate_grads)
-                if dscale is not None and into_scale is not None:
-                    dscale += into_scale.unflatten(0, q.shape[:2]).sum(0)
-        dstart = [x.unflatten(0, q.shape[:2]) for x in dstate.tensors]
-        return (None, None, None, *drows, dscale, *dgates, *dstart)
+        dstate = _State.of([x.clone() for x in dfinal], ctx.layers)
+        drows = [torch.empty_like(x) for x in saved[:3]]
+        dgates: list[Gates] = []
+        dscale = None if text.scale is None else torch.zeros_like(text.scale)
+        for first in reversed(range(0, chunks, BLOCK)):
+            block = text.block(first)
+            coefficients, decays = coefficients_and_decays(block)
+            now = _by_chunk(coefficients)
+            grads: list[LayerCoefficients] = []
+            for start in reversed(range(0, len(now), ctx.interval)):
+                state = _State.of(states[-len(dfinal) :], ctx.layers)
+                del states[-len(dfinal) :]
+                group: list[_Chunk] = []
+                for n in range(start, min(start + ctx.interval, len(now))):
+                    state = group[-1].carry() if group else state
+                    kept = products[(first + n) * each : (first + n + 1) * each]
+                    group.append(_Chunk(text, first + n, state, now[n], kept))
+                while group:
+                    chunk = group.pop()
+                    for whole, part in zip(
+                        drows, chunk.backward(dys[chunk.index], dstate), strict=True
+                    ):
+                        whole[chunk.index] = part
+                    grads += reversed(chunk.grads)
+                    if dscale is not None:
+                        dscale += chunk.dscale.unsqueeze(1)
+            total = _stack(grads[::-1], coefficients)
+            dgates.append(coefficients_backward(block, decays, coefficients, total))
+        gate_grads = [
+            None if gate[0] is None else torch.cat(gate[::-1]) for gate in zip(*dgates, strict=True)
+        ]
+        return (None, None, *drows, dscale, *gate_grads, *dstate.tensors)
 
 
 class _State(NamedTuple):
-    """Weights and momentum, per layer [N, in, out]."""
+    """Weights and momentum, per layer [M, in, out]."""
 
     weights: Sequence[Tensor]
     momentum: Sequence[Tensor] | None
@@ -216,14 +309,53 @@ class _State(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """What is read: q, k, v [B, H, T, K], gates [B, H, L, T], scale [H, K] and the chunk length."""
+    """What is read, and how."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: Gates
-    scale: Tensor | None
-    size: int
+    q: Sequence[Tensor]  # of each chunk, [M, C, K]
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    scale: Tensor | None  # [M, 1, K]
+    gates: Gates  # [chunks, L, M, C]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], layers: int) -> "tuple[_Text, _State]":
+        """From the arguments of the autograd function."""
+        q, k, v, scale, theta, log_retain, log_eta, *state = inputs
+        gates = Gates(theta, log_retain, log_eta)
+        text = cls(q.unbind(0), k.unbind(0), v.unbind(0), scale, gates)
+        return text, _State.of(state, layers)
+
+    def block(self, first: int) -> Gates:
+        """The gates of the block of chunks from `first` on."""
+        return self.gates.map(lambda gate: gate[first : first + BLOCK])
+
+    def coefficients(self, first: int) -> list[list[LayerCoefficients]]:
+        """Those of each chunk and layer of a block."""
+        return _by_chunk(chunk_coefficients(self.block(first)))
+
+
+def _by_chunk(coefficients: ChunkCoefficients) -> list[list[LayerCoefficients]]:
+    """Coefficients [chunks, L, M, ...] by chunk, then by layer."""
+    layers = coefficients.write.shape[1]
+    flat = layer_coefficients(coefficients.map(lambda x: x.flatten(0, 1)))
+    return [flat[i : i + layers] for i in range(0, len(flat), layers)]
+
+
+def _stack(grads: list[LayerCoefficients], like: ChunkCoefficients) -> ChunkCoefficients:
+    """Gradients by chunk and layer as those of the block's coefficients [chunks, L, M, ...]."""
+    shape = like.write.shape[:2]
+    stacked: Any = [
+        None if each[0] is None else torch.stack(each).unflatten(0, shape)
+        for each in zip(*grads, strict=True)
+    ]
+    total = LayerCoefficients(*stacked)
+    total.memory_carry[..., -1] += total.last_memory_carry
+    total.write[..., -1, :] += total.last_write
+    if total.momentum_carry is not None and total.last_momentum_carry is not None:
+        total.momentum_carry[..., -1] += total.last_momentum_carry
+    return ChunkCoefficients(
+        total.memory_carry, total.momentum_carry, total.write, total.final_carry, total.final_write
+    )
 
 
 class _Chunk:
@@ -234,201 +366,116 @@ class _Chunk:
         text: _Text,
         index: int,
         state: _State,
+        coefficients: list[LayerCoefficients],
         products: Sequence[Tensor | None] | None = None,
     ) -> None:
-        self.start, self.size = index * text.size, text.size
-        self.batch = text.q.shape[0]
-        self.scale = None
-        if text.scale is not None:
-            self.scale = text.scale.expand(self.batch, -1, -1).flatten(0, 1)
+        self.index, self.q, self.scale = index, text.q[index], text.scale
         self.weights, self.momentum = state
-        self.q, k, v = self.rows(text.q), self.rows(text.k), self.rows(text.v)
-        self.gates = text.gates.map(self._gate)
-        self.coefficients, self.decays = coefficients_and_decays(self.gates)
+        self.coefficients = coefficients
         layers = len(self.weights)
         hidden: Any = None if products is None else products[:layers]
-        self.inner = InnerGradient(k, v, self.weights, self.scale, hidden)
+        self.inner = InnerGradient(text.k[index], text.v[index], self.weights, self.scale, hidden)
         self.reads: list[LayerRead] = []
         if products is not None:
             kept: Any = zip(*[iter(products[layers:])] * 4, strict=True)
             self.reads = [LayerRead(*each) for each in kept]
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The chunk's part of [B, H, T, K] as [N, C, K]."""
-        return x.narrow(2, self.start, self.size).flatten(0, 1)
-
-    def put(self, whole: Tensor, rows: Tensor) -> None:
-        """Back: rows [N, C, K] into their part of [B, H, T, K]."""
-        whole.narrow(2, self.start, self.size).copy_(rows.unflatten(0, (self.batch, -1)))
-
-    def _gate(self, gate: Tensor) -> Tensor:
-        """The chunk's part of [B, H, L, T] as [L, N, C]."""
-        return gate.narrow(3, self.start, self.size).permute(2, 0, 1, 3).flatten(1, 2)
-
-    def put_gates(self, whole: Gates, part: Gates) -> None:
-        """Back: gates [L, N, C] into their part of [B, H, L, T]."""
-        for gate, new in zip(whole, part, strict=True):
-            if gate is not None and new is not None:
-                new = new.unflatten(1, (self.batch, -1)).permute(1, 2, 0, 3)
-                gate.narrow(3, self.start, self.size).copy_(new)
-
     def read(self) -> Tensor:
-        """y [N, C, K]."""
+        """y [M, C, K]."""
+        inner = self.inner
         self.reads = read_layers(
-            self.q,
-            self.weights,
-            self.momentum,
-            self.inner.inputs,
-            self.inner.errors,
-            self.coefficients,
+            self.q, self.weights, self.momentum, inner.inputs, inner.errors, self.coefficients
         )
         return memory_output(self.q, self.reads[-1].out, self.scale)
 
     def products(self) -> list[Tensor | None]:
-        """What `backward` would have to multiply again, after `read`."""
+        """What `backward` would have to multiply again, after `read`; five a layer."""
         return [*self.inner.hidden, *(tensor for read in self.reads for tensor in read)]
 
     def carry(self) -> _State:
         """The state after the chunk."""
+        inner = self.inner
         return _State(
-            *carry_chunk(
-                self.weights, self.momentum, self.inner.inputs, self.inner.errors, self.coefficients
-            )
+            *carry_chunk(self.weights, self.momentum, inner.inputs, inner.errors, self.coefficients)
         )
 
-    def backward(self, dy: Tensor, dstate: _State) -> tuple[Tensors, Gates, Tensor | None]:
-        """From dy [N, C, K] and the gradients of the state after the chunk, which become those of
-        the state before it, to those of q, k, v, of the gates and of the scale [N, K]."""
-        self.grads = self.coefficients.map(torch.zeros_like)
+    def backward(self, dy: Tensor, dstate: _State) -> Tensors:
+        """From dy [M, C, K] and the gradients of the state after the chunk, which become those of
+        the state before it, to those of q, k, v.
+
+        Leaves the gradients of the coefficients, layer by layer, in `grads`, that of the scale, [M,
+        K], in `dscale`.
+        """
+        self.dweights, self.dmomentum = dstate
         self.dinputs: list[Tensor] = []
         self.derrors: list[Tensor] = []
-        self.dweights, self.dmomentum = dstate
-        for layer in range(len(self.weights)):
-            self._carry_backward(layer)
-        dq, dscale = self._read_backward(dy)
+        ends: Any = [self._carry_backward(layer) for layer in range(len(self.weights))]
+        dq, rows, dscale = self._read_backward(dy)
         dk, dv, more = self.inner.backward(self.dinputs, self.derrors, self.dweights)
-        dgates = coefficients_backward(self.gates, self.decays, self.coefficients, self.grads)
-        return (dq, dk, dv), dgates, None if dscale is None or more is None else dscale + more
+        self.grads = [LayerCoefficients(*row, *end) for row, end in zip(rows, ends, strict=True)]
+        if dscale is not None and more is not None:
+            self.dscale = dscale.add_(more)
+        return dq, dk, dv
 
-    def _carry_backward(self, layer: int) -> None:
-        """Through M_C and S_C of one layer: dinputs, derrors, and dstate scaled by the carries."""
-        coefficients, grads = self.coefficients, self.grads
+    def _carry_backward(self, layer: int) -> tuple[Tensor | None, ...]:
+        """Through M_C and S_C of one layer: dinputs, derrors, and dstate scaled by the carries.
+
+        Returns the gradients of the five coefficients of the chunk's end.
+        """
+        now, weight = self.coefficients[layer], self.weights[layer]
         z, error = self.inner.inputs[layer], self.inner.errors[layer]
         dweight = self.dweights[layer]
-        grads.memory_carry[layer][:, -1] = _dot(dweight, self.weights[layer])
-        dz, derror, grads.write[layer][:, -1] = _outer_backward(
-            dweight, z, error, coefficients.write[layer][:, -1]
-        )
-        if self.momentum is not None:
-            assert self.dmomentum is not None
-            assert coefficients.momentum_carry is not None and grads.momentum_carry is not None
-            assert coefficients.final_carry is not None and grads.final_carry is not None
-            assert coefficients.final_write is not None and grads.final_write is not None
-            dmomentum = self.dmomentum[layer]
-            grads.momentum_carry[layer][:, -1] = _dot(dweight, self.momentum[layer])
-            grads.final_carry[layer] = _dot(dmomentum, self.momentum[layer])
-            _, _, grads.final_write[layer] = _outer_backward(
-                dmomentum, z, error, coefficients.final_write[layer], dz, derror
-            )
-            dmomentum.mul_(coefficients.final_carry[layer][:, None, None])
-            last = coefficients.momentum_carry[layer][:, -1, None, None]
-            dmomentum.addcmul_(dweight, last)
-        dweight.mul_(coefficients.memory_carry[layer][:, -1, None, None])
+        dlast = (dweight * weight).sum((-1, -2))
+        dz, derror, dwrite = _outer_backward(dweight, z, error, now.last_write)
         self.dinputs.append(dz)
         self.derrors.append(derror)
+        others: tuple[Tensor | None, ...] = (None, dwrite, None, None)
+        if self.momentum is not None:
+            assert self.dmomentum is not None and now.last_momentum_carry is not None
+            assert now.final_carry is not None and now.final_write is not None
+            momentum, dmomentum = self.momentum[layer], self.dmomentum[layer]
+            dlast_momentum = (dweight * momentum).sum((-1, -2))
+            dfinal = (dmomentum * momentum).sum((-1, -2))
+            dfinal_write = _outer_backward(dmomentum, z, error, now.final_write, (dz, derror))[2]
+            others = (dlast_momentum, dwrite, dfinal, dfinal_write)
+            dmomentum.mul_(now.final_carry).addcmul_(dweight, now.last_momentum_carry)
+        dweight.mul_(now.last_memory_carry)
+        return dlast, *others
 
-    def _read_backward(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Through y_t = M_t(q_t). Returns the gradients of q and of the scale."""
-        if self.scale is None:
-            dscale, dout = None, dy
-        else:
-            normed, inverse = normalise(self.reads[-1].out)
-            dscale = (dy * normed).sum(-2)
-            dout = normalise_backward(dy * self.scale.unsqueeze(-2), normed, inverse)
+    def _read_backward(self, dy: Tensor) -> tuple[Tensor, list[Any], Tensor | None]:
+        """Through y_t = M_t(q_t): the gradients of q, of the coefficients, of the scale."""
+        dscale, dout = None, dy
+        if self.scale is not None:
+            norm = LayerNorm(self.reads[-1].out)
+            dscale = (dy * norm.normed).sum(-2)
+            dout = norm.backward(dy * self.scale)
+        grads: list[Any] = []
         for layer in reversed(range(len(self.weights))):
             below = self.reads[layer - 1].out
-            dx = self._read_layer_backward(layer, F.gelu(below) if layer else self.q, dout)
+            dx, *rest = self._read_layer_backward(layer, F.gelu(below) if layer else self.q, dout)
+            grads.append(tuple(rest))
             if layer:
                 dout = gelu_backward(dx, below)
-        return dx if self.scale is None else dx.add_(dy), dscale
+        return dx if self.scale is None else dx.add_(dy), grads[::-1], dscale
 
-    def _read_layer_backward(self, layer: int, x: Tensor, dout: Tensor) -> Tensor:
-        """Back through one layer's read of x. Returns dx."""
-        coefficients, grads = self.coefficients, self.grads
+    def _read_layer_backward(
+        self, layer: int, x: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Back through one layer's read of x: dx, and the gradients of its three coefficients."""
+        now, inner = self.coefficients[layer], self.inner
         _, product, through, surprise = self.reads[layer]
-        write = coefficients.write[layer]
-        dproduct = dout @ self.inner.errors[layer].mT
-        grads.write[layer].addcmul_(product, dproduct)
-        dproduct.mul_(write)
-        self.derrors[layer].baddbmm_((product * write).mT, dout)
+        dproduct = torch.bmm(dout, inner.errors[layer].mT)
+        dwrite = product * dproduct
+        dproduct.mul_(now.write)
+        self.derrors[layer].baddbmm_((product * now.write).mT, dout)
         self.dinputs[layer].baddbmm_(dproduct.mT, x)
-        dx = dproduct @ self.inner.inputs[layer]
-        carry, dcarry = coefficients.memory_carry[layer], grads.memory_carry[layer]
-        _carried_backward(
-            x, self.weights[layer], through, carry, dout, dx, self.dweights[layer], dcarry
+        dx = torch.bmm(dproduct, inner.inputs[layer])
+        dcarry = _carried_backward(
+            x, self.weights[layer], through, now.memory_carry, dout, dx, self.dweights[layer]
         )
+        dmomentum = None
         if self.momentum is not None:
-            assert self.dmomentum is not None
-            assert coefficients.momentum_carry is not None and grads.momentum_carry is not None
-            carry, dcarry = coefficients.momentum_carry[layer], grads.momentum_carry[layer]
-            _carried_backward(
-                x, self.momentum[layer], surprise, carry, dout, dx, self.dmomentum[layer], dcarry
-            )
-        return dx
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b over all but the first dimension."""
-    return (a * b).sum((-1, -2))
-
-
-def _outer_backward(
-    dout: Tensor,
-    left: Tensor,
-    right: Tensor,
-    diagonal: Tensor,
-    dleft: Tensor | None = None,
-    dright: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through left^T diag(diagonal) right. Returns the gradients of left, right (added in place
-    where given) and diagonal."""
-    column = diagonal.unsqueeze(-1)
-    if left.shape[-1] <= right.shape[-1]:
-        narrow, wide, dnarrow, dwide, to_narrow = left, right, dleft, dright, dout.mT
-    else:
-        narrow, wide, dnarrow, dwide, to_narrow = right, left, dright, dleft, dout
-    pulled = wide @ to_narrow
-    ddiagonal = (narrow * pulled).sum(-1)
-    scaled = narrow * column
-    if dnarrow is None or dwide is None:
-        dnarrow, dwide = pulled.mul_(column), scaled @ to_narrow.mT
-    else:
-        dnarrow.addcmul_(pulled, column)
-        dwide.baddbmm_(scaled, to_narrow.mT)
-    if narrow is left:
-        return dnarrow, dwide, ddiagonal
-    return dwide, dnarrow, ddiagonal
-
-
-def _carried_backward(
-    x: Tensor,
-    weight: Tensor,
-    product: Tensor | None,
-    carry: Tensor,
-    dout: Tensor,
-    dx: Tensor,
-    dweight: Tensor,
-    dcarry: Tensor,
-) -> None:
-    """Back through `_carried`, with what it gave as product; adds to dx, dweight, dcarry."""
-    column = carry.unsqueeze(-1)
-    if product is None:
-        pulled = dout @ weight.mT
-        dcarry += (x * pulled).sum(-1)
-        dx.addcmul_(pulled, column)
-        dweight.baddbmm_((x * column).mT, dout)
-    else:
-        dcarry += (product * dout).sum(-1)
-        scaled = dout * column
-        dx.baddbmm_(scaled, weight.mT)
-        dweight.baddbmm_(x.mT, scaled)
+            assert self.dmomentum is not None and now.momentum_carry is not None
+            weight, dweight = self.momentum[layer], self.dmomentum[layer]
+            dmomentum = _carried_backward(x, weight, surprise, now.momentum_carry, dout, dx, dweight)
+        return dx, dcarry, dmomentum, dwrite

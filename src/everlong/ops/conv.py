@@ -27,17 +27,13 @@ class _ConvSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for tap, (rows, inputs), (early, before) in _shifts(weight, y, x, tail):
-            rows.addcmul_(inputs, tap)
-            early.addcmul_(before, tap)
-        ctx.save_for_backward(x, weight, tail, y)
-        return torch.nn.functional.silu(y)
+        ctx.save_for_backward(x, weight, tail)
+        return torch.nn.functional.silu(_convolve(x, weight, tail), inplace=True)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, tail, y = ctx.saved_tensors
-        dy = torch.ops.aten.silu_backward(dout, y)
+        x, weight, tail = ctx.saved_tensors
+        dy = torch.ops.aten.silu_backward(dout, _convolve(x, weight, tail))
         dx, dtail = torch.zeros_like(x), torch.zeros_like(tail)
         dtaps, product = [], torch.empty_like(x)
         for (tap, (rows, inputs), (early, before)), (_, (_, dinputs), (_, dbefore)) in zip(
@@ -48,6 +44,14 @@ class _ConvSilu(torch.autograd.Function):
             late = torch.mul(rows, inputs, out=product[:, : rows.shape[1]]).sum((0, 1))
             dtaps.append(late + (early * before).sum((0, 1)))
         return dx, torch.stack(dtaps, 1), dtail
+
+
+def _convolve(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for tap, (rows, inputs), (early, before) in _shifts(weight, y, x, tail):
+        rows.addcmul_(inputs, tap)
+        early.addcmul_(before, tap)
+    return y
 
 
 def _shifts(

@@ -35,41 +35,48 @@ def add_gelu_curvature_(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     return out.addcmul_(grad.mul_(density), square.sub_(2), value=-1 / math.sqrt(2 * math.pi))
 
 
-def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """LayerNorm without scale: the normed rows [..., K] and 1 / sqrt(var + eps) [..., 1]."""
-    centred = x - x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
-    return centred * inverse, inverse
+class LayerNorm:
+    """LayerNorm without scale of rows [..., K], and the way back through it."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        shape = x.shape[-1:]
+        self.normed, self.mean, self.inverse = torch.native_layer_norm(x, shape, None, None, NORM_EPS)
 
-def normalise_backward(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
-    """Back through `normalise`; symmetric, so it serves the inner gradient as well."""
-    centred = grad - grad.mean(-1, keepdim=True)
-    return (centred - normed * (grad * normed).mean(-1, keepdim=True)) * inverse
+    def backward(self, grad: Tensor) -> Tensor:
+        """grad times the Jacobian, which is symmetric: it serves the inner gradient as well."""
+        return torch.ops.aten.native_layer_norm_backward(
+            grad,
+            self.x,
+            self.x.shape[-1:],
+            self.mean,
+            self.inverse,
+            None,
+            None,
+            [True, False, False],
+        )[0]
 
 
 def memory_output(x: Tensor, last: Tensor, scale: Tensor | None) -> Tensor:
-    """M(x) from its input and the last layer's product, [B, H, N, K] each."""
-    if scale is None:
-        return last
-    return torch.addcmul(x, scale.unsqueeze(-2), normalise(last)[0])
+    """M(x) from its input and the last layer's product, [..., N, K] each; scale [..., 1, K]."""
+    return last if scale is None else torch.addcmul(x, scale, LayerNorm(last).normed)
 
 
 def apply_memory(x: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
-    """M(x) for rows x [B, H, N, K]."""
+    """M(x) for rows x [B, H, N, K]; scale [H, K]."""
     hidden = x
     for index, weight in enumerate(weights):
         hidden = hidden @ weight if index == 0 else F.gelu(hidden) @ weight
-    return memory_output(x, hidden, scale)
+    return memory_output(x, hidden, None if scale is None else scale.unsqueeze(-2))
 
 
 class InnerGradient:
     """The factors of the inner gradient of |M(k) - v|^2, and the way back through them.
 
-    k, v: [B, H, N, K] (or one dimension for B and H); scale: [H, K] (or [B H, K]). `inputs` are the
-    layers' inputs z_l [B, H, N, in] and `errors` the error signals delta_l [B, H, N, out]: row n's
-    gradient of layer l is z_l[n]^T delta_l[n]. hidden: the layers' products z_l W_l, if they are there
-    already. Autograd passes through; `backward` does without it.
+    One memory for each index of the first dimension, B H = M of them. k, v: [M, N, K]; scale:
+    [M, 1, K]. `inputs` are the layers' inputs z_l [M, N, in] and `errors` the error signals delta_l
+    [M, N, out]: row n's gradient of layer l is z_l[n]^T delta_l[n]. hidden: the products z_l W_l, if
+    they are there already. Autograd passes through; `backward` does without it.
     """
 
     def __init__(
@@ -80,26 +87,26 @@ class InnerGradient:
         scale: Tensor | None,
         hidden: Sequence[Tensor] | None = None,
     ) -> None:
-        self.weights = weights
-        self.scale = scale = None if scale is None else scale.unsqueeze(-2)
+        self.weights, self.scale = weights, scale
         self.inputs: list[Tensor] = []
         self.hidden: list[Tensor] = [] if hidden is None else list(hidden)
         for layer, weight in enumerate(weights):
             self.inputs.append(F.gelu(self.hidden[layer - 1]) if layer else k)
             if hidden is None:
-                self.hidden.append(self.inputs[-1] @ weight)
+                self.hidden.append(torch.bmm(self.inputs[-1], weight))
         if scale is None:
             error = 2 * (self.hidden[-1] - v)
         else:
-            self.normed, self.inverse = normalise(self.hidden[-1])
-            self.residual = 2 * (torch.addcmul(k, scale, self.normed) - v)
-            self.slope = scale * self.residual
-            error = normalise_backward(self.slope, self.normed, self.inverse)
+            self.norm = LayerNorm(self.hidden[-1])
+            self.double_scale = 2 * scale
+            self.residual = torch.addcmul(k - v, scale, self.norm.normed)
+            self.slope = self.residual * self.double_scale
+            error = self.norm.backward(self.slope)
         self.errors = [error]
         self.pulled: list[Tensor] = []  # delta_{l+1} W_{l+1}^T, before the slope of GELU
         self.slopes = [gelu_slope(h) for h in self.hidden[:-1]]
         for weight, slope in zip(reversed(weights[1:]), reversed(self.slopes), strict=True):
-            self.pulled.append(self.errors[-1] @ weight.mT)
+            self.pulled.append(torch.bmm(self.errors[-1], weight.mT))
             self.errors.append(self.pulled[-1] * slope)
         self.errors.reverse()
         self.pulled.reverse()
@@ -109,7 +116,7 @@ class InnerGradient:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """From the gradients of `inputs` and `errors`, which are used up, to those of k, v, scale.
 
-        All tensors have three dimensions here. Adds to `dweights`.
+        Adds to `dweights`.
         """
         dhidden: list[Tensor] = []
         for layer, weight in enumerate(self.weights[1:]):
@@ -127,22 +134,23 @@ class InnerGradient:
                 below = layer - 1
                 through = dinput.mul_(self.slopes[below])
                 dhidden[below] = add_gelu_curvature_(through, dhidden[below], self.hidden[below])
-        dk = dinput if self.scale is None else dinput.add_(dresidual, alpha=2)
-        return dk, -2 * dresidual, dscale
+        if self.scale is None:
+            return dinput, dresidual.neg_(), None
+        return dinput.add_(dresidual), dresidual.neg_(), dscale
 
     def _backward_of_last(self, derror: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Through the last error signal: gradients of the last product, of k - v + ..., of scale."""
+        """Through the last error signal: gradients of the last product, of the residual, of scale."""
         if self.scale is None:
-            return 2 * derror, derror, None
-        normed, inverse, slope = self.normed, self.inverse, self.slope
-        size = derror.shape[-1]
-        dslope = normalise_backward(derror, normed, inverse)
-        both = (derror * self.errors[-1]).sum(-1, keepdim=True) / size
-        dnormed = slope * (derror * normed).sum(-1, keepdim=True)
-        dnormed.addcmul_(derror, (slope * normed).sum(-1, keepdim=True))
-        dnormed.mul_(inverse / -size)
-        dresidual = dslope * self.scale
-        dnormed.addcmul_(dresidual, self.scale, value=2)
-        dscale = torch.addcmul(dslope * self.residual, dresidual, normed, value=2).sum(-2)
-        dlast = normalise_backward(dnormed, normed, inverse)
-        return dlast.addcmul_(normed * both, inverse, value=-1), dresidual, dscale
+            return 2 * derror, 2 * derror, None
+        norm, slope = self.norm, self.slope
+        along = (slope * norm.normed).sum(-1, keepdim=True)
+        dnormed = slope * (derror * norm.normed).sum(-1, keepdim=True)
+        dnormed.addcmul_(derror, along).mul_(norm.inverse * (-1 / derror.shape[-1]))
+        # Through 1 / sqrt(var + eps) of the error signal, which is proportional to it.
+        shrink = (derror * self.errors[-1]).sum(-1, keepdim=True).mul_(norm.inverse)
+        dslope = norm.backward(derror)
+        dresidual = dslope * self.double_scale
+        dnormed.addcmul_(dresidual, self.scale)
+        dscale = dslope.mul_(self.residual).mul_(2).addcmul_(dresidual, norm.normed).sum(-2)
+        dlast = norm.backward(dnormed)
+        return dlast.addcmul_(norm.normed, shrink, value=-1 / derror.shape[-1]), dresidual, dscale

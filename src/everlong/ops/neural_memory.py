@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from everlong.ops.chunk_scan import carry_chunk, read_layers, scan_chunks
+from everlong.ops.chunk_scan import carry_chunk, layer_coefficients, read_layers, scan_chunks
 from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
 from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
@@ -218,19 +218,30 @@ def _extend(
 
     `start` and `count` are integers, or [B] where rows differ (row b uses its first count[b]).
     """
-    q, k, v = rows
-    inner = InnerGradient(k, v, state.weights, scale)
-    state = _insert(state, inner.inputs, inner.errors, gates, start, count)
-    coefficients = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
-    rows_of = _slot_rows(coefficients, start, q.shape[2])
-    reads = read_layers(q, state.weights, state.momentum, state.inputs, state.errors, rows_of)
-    y = memory_output(q, reads[-1].out, scale)
+    memories = rows[0].shape[:2]
+
+    def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [x.flatten(0, 1) for x in tensors]
+
+    def unflat(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [x.unflatten(0, memories) for x in tensors]
+
+    q, k, v = flat(rows)
+    scale = None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
+    weights = flat(state.weights)
+    momentum = None if state.momentum is None else flat(state.momentum)
+    inner = InnerGradient(k, v, weights, scale)
+    state = _insert(state, unflat(inner.inputs), unflat(inner.errors), gates, start, count)
+    chunk = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
+    read = _slot_rows(chunk, start, q.shape[1])
+    coefficients = layer_coefficients(*(c.map(lambda x: x.flatten(1, 2)) for c in (chunk, read)))
+    inputs, errors = flat(state.inputs), flat(state.errors)
+    reads = read_layers(q, weights, momentum, inputs, errors, coefficients)
+    y = memory_output(q, reads[-1].out, scale).unflatten(0, memories)
     full = state.position == state.chunk_size
     if bool(full.any()):
-        weights, momentum = carry_chunk(
-            state.weights, state.momentum, state.inputs, state.errors, coefficients
-        )
-        closed = _reopen(state, weights, momentum)
+        weights, momentum = carry_chunk(weights, momentum, inputs, errors, coefficients)
+        closed = _reopen(state, unflat(weights), None if momentum is None else unflat(momentum))
         state = closed if bool(full.all()) else _choose(full, closed, state)
     return y, state
 

@@ -1,8 +1,8 @@
-"""Unit length, its gradient, and zeros."""
+"""Unit length and unit root mean square: values, gradients, zeros, half precision."""
 
 import torch
 
-from everlong.ops import unit_length
+from everlong.ops import unit_length, unit_rms
 from numerics import assert_close
 
 
@@ -15,6 +15,13 @@ def test_rows_have_unit_length_and_gradients():
         torch.float32,
     )
     assert torch.autograd.gradcheck(unit_length, [x])
+
+
+def test_rms_is_one_and_has_gradients():
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    want = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    assert_close("rms", unit_rms(x, 0.1), want)
+    assert torch.autograd.gradcheck(lambda x: unit_rms(x, 0.1), [x])
 
 
 def test_zero_stays_finite():

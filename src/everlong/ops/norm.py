@@ -1,0 +1,41 @@
+"""Rows rescaled to unit length or unit root mean square."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNIT_EPS = 1e-6
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, computed in at least float32, safe at zero."""
+    return _rescaled(x, 1.0, UNIT_EPS)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, computed in at least float32."""
+    return _rescaled(x, 1 / x.shape[-1], eps)
+
+
+def _rescaled(x: Tensor, share: float, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _Rescaled.apply(x.to(wide), share, eps).to(x.dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """y = x r with r = (c |x|^2 + eps)^-1/2; dx = r (dy - c y <y, dy>). Keeps y and r alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, eps: float) -> Tensor:
+        inverse = (x.square().sum(-1, keepdim=True) * share + eps).rsqrt_()
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        ctx.share = share
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        y, inverse = ctx.saved_tensors
+        along = (y * dy).sum(-1, keepdim=True)
+        return torch.addcmul(dy, y, along, value=-ctx.share).mul_(inverse), None, None
