@@ -213,35 +213,33 @@ def scan_chunks(
     [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk.
     """
     layers, memories = len(weights), rows[0].shape[:2]
-    chunks = [x.unflatten(2, (-1, chunk_size)).movedim(2, 0).flatten(1, 2) for x in rows]
     gates = gates.map(lambda g: g.unflatten(3, (-1, chunk_size)).permute(3, 2, 0, 1, 4).flatten(2, 3))
     scales = None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
     state = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]
-    inputs = (*chunks, scales, *gates, *state)
+    inputs = (*rows, scales, *gates, *state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, *final = _ChunkScan.apply(layers, train, *inputs)
-    y = y.unflatten(0, memories)
     final = [x.unflatten(0, memories) for x in final]
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
 
 
 class _ChunkScan(torch.autograd.Function):
-    """See `scan_chunks`; q, k, v: [chunks, M, C, K], gates: [chunks, L, M, C], y: [M, T, K]."""
+    """See `scan_chunks`; q, k, v, y: [B, H, T, K], gates: [chunks, L, M, C]."""
 
     @staticmethod
     def forward(ctx: Any, layers: int, train: bool, *inputs: Any) -> Any:
         text, state = _Text.of(inputs, layers)
-        chunks = len(text.q)
+        chunks = text.chunks
         # States are the largest of all: kept every so many chunks, computed again between.
         interval = min(max(1, math.isqrt(chunks // 2)), BLOCK)
         states: list[Tensor] = []
         products: list[Tensor | None] = []
-        ys: list[Tensor] = []
+        y = torch.empty_like(text.q)
         for first in range(0, chunks, BLOCK):
             coefficients = text.coefficients(first)
             for n, now in enumerate(coefficients):
                 chunk = _Chunk(text, first + n, state, now)
-                ys.append(chunk.read())
+                text.put(y, first + n, chunk.read())
                 if train:
                     states += state.tensors if n % interval == 0 else ()
                     products += chunk.products()
@@ -249,15 +247,14 @@ class _ChunkScan(torch.autograd.Function):
         ctx.layers, ctx.interval = layers, interval
         ctx.inputs, ctx.states = len(inputs) - len(state.tensors), len(states)
         ctx.save_for_backward(*inputs[: ctx.inputs], *states, *products)
-        return (torch.cat(ys, 1), *state.tensors)
+        return (y, *state.tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
         saved = ctx.saved_tensors
         text, _ = _Text.of(saved[: ctx.inputs], ctx.layers)
         states, products = list(saved[ctx.inputs :][: ctx.states]), saved[ctx.inputs + ctx.states :]
-        chunks, each = len(text.q), 5 * ctx.layers
-        dys = dy.unflatten(1, (chunks, -1)).unbind(1)
+        chunks, each = text.chunks, 4 * ctx.layers
         # Gradients of the state are scaled and added to in place from here on: copies.
         dstate = _State.of([x.clone() for x in dfinal], ctx.layers)
         drows = [torch.empty_like(x) for x in saved[:3]]
@@ -279,9 +276,9 @@ class _ChunkScan(torch.autograd.Function):
                 while group:
                     chunk = group.pop()
                     for whole, part in zip(
-                        drows, chunk.backward(dys[chunk.index], dstate), strict=True
+                        drows, chunk.backward(text.rows(dy, chunk.index), dstate), strict=True
                     ):
-                        whole[chunk.index] = part
+                        text.put(whole, chunk.index, part)
                     grads += reversed(chunk.grads)
                     if dscale is not None:
                         dscale += chunk.dscale.unsqueeze(1)
@@ -311,9 +308,9 @@ class _State(NamedTuple):
 class _Text(NamedTuple):
     """What is read, and how."""
 
-    q: Sequence[Tensor]  # of each chunk, [M, C, K]
-    k: Sequence[Tensor]
-    v: Sequence[Tensor]
+    q: Tensor  # [B, H, T, K]
+    k: Tensor
+    v: Tensor
     scale: Tensor | None  # [M, 1, K]
     gates: Gates  # [chunks, L, M, C]
 
@@ -322,8 +319,22 @@ class _Text(NamedTuple):
         """From the arguments of the autograd function."""
         q, k, v, scale, theta, log_retain, log_eta, *state = inputs
         gates = Gates(theta, log_retain, log_eta)
-        text = cls(q.unbind(0), k.unbind(0), v.unbind(0), scale, gates)
-        return text, _State.of(state, layers)
+        return cls(q, k, v, scale, gates), _State.of(state, layers)
+
+    @property
+    def chunks(self) -> int:
+        """Their number."""
+        return len(self.gates.theta)
+
+    def rows(self, x: Tensor, index: int) -> Tensor:
+        """A chunk's part of [B, H, T, K] as [M, C, K]."""
+        size = self.gates.theta.shape[-1]
+        return x.narrow(2, index * size, size).flatten(0, 1)
+
+    def put(self, x: Tensor, index: int, rows: Tensor) -> None:
+        """Back: rows [M, C, K] into their part of [B, H, T, K]."""
+        size = self.gates.theta.shape[-1]
+        x.narrow(2, index * size, size).copy_(rows.unflatten(0, x.shape[:2]))
 
     def block(self, first: int) -> Gates:
         """The gates of the block of chunks from `first` on."""
@@ -369,15 +380,14 @@ class _Chunk:
         coefficients: list[LayerCoefficients],
         products: Sequence[Tensor | None] | None = None,
     ) -> None:
-        self.index, self.q, self.scale = index, text.q[index], text.scale
+        self.index, self.scale = index, text.scale
+        self.q, k, v = (text.rows(x, index) for x in (text.q, text.k, text.v))
         self.weights, self.momentum = state
         self.coefficients = coefficients
-        layers = len(self.weights)
-        hidden: Any = None if products is None else products[:layers]
-        self.inner = InnerGradient(text.k[index], text.v[index], self.weights, self.scale, hidden)
+        self.inner = InnerGradient(k, v, self.weights, self.scale)
         self.reads: list[LayerRead] = []
         if products is not None:
-            kept: Any = zip(*[iter(products[layers:])] * 4, strict=True)
+            kept: Any = zip(*[iter(products)] * 4, strict=True)
             self.reads = [LayerRead(*each) for each in kept]
 
     def read(self) -> Tensor:
@@ -389,8 +399,8 @@ class _Chunk:
         return memory_output(self.q, self.reads[-1].out, self.scale)
 
     def products(self) -> list[Tensor | None]:
-        """What `backward` would have to multiply again, after `read`; five a layer."""
-        return [*self.inner.hidden, *(tensor for read in self.reads for tensor in read)]
+        """What `backward` would have to multiply again, after `read`; four a layer."""
+        return [tensor for read in self.reads for tensor in read]
 
     def carry(self) -> _State:
         """The state after the chunk."""

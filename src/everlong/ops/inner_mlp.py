@@ -75,8 +75,8 @@ class InnerGradient:
 
     One memory for each index of the first dimension, B H = M of them. k, v: [M, N, K]; scale:
     [M, 1, K]. `inputs` are the layers' inputs z_l [M, N, in] and `errors` the error signals delta_l
-    [M, N, out]: row n's gradient of layer l is z_l[n]^T delta_l[n]. hidden: the products z_l W_l, if
-    they are there already. Autograd passes through; `backward` does without it.
+    [M, N, out]: row n's gradient of layer l is z_l[n]^T delta_l[n]. Autograd passes through;
+    `backward` does without it.
     """
 
     def __init__(
@@ -85,15 +85,13 @@ class InnerGradient:
         v: Tensor,
         weights: Sequence[Tensor],
         scale: Tensor | None,
-        hidden: Sequence[Tensor] | None = None,
     ) -> None:
         self.weights, self.scale = weights, scale
         self.inputs: list[Tensor] = []
-        self.hidden: list[Tensor] = [] if hidden is None else list(hidden)
+        self.hidden: list[Tensor] = []
         for layer, weight in enumerate(weights):
             self.inputs.append(F.gelu(self.hidden[layer - 1]) if layer else k)
-            if hidden is None:
-                self.hidden.append(torch.bmm(self.inputs[-1], weight))
+            self.hidden.append(torch.bmm(self.inputs[-1], weight))
         if scale is None:
             error = 2 * (self.hidden[-1] - v)
         else:
