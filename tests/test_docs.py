@@ -33,3 +33,15 @@ def test_links_and_pictures_exist(page):
 
 def test_readme_has_snippets():
     assert len(snippets(ROOT / "README.md")) >= 2
+
+
+def test_the_map_from_paper_to_code_names_what_is_there():
+    page = (ROOT / "docs" / "paper_to_code.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    names = re.findall(
+        r"`(?:\w+\.)?([A-Za-z_]\w+)`",
+        "".join(row.split("|")[-2] for row in page.splitlines() if row.startswith("|")),
+    )
+    assert len(names) > 10
+    for name in names:
+        assert re.search(rf"(def|class) {name}\b", code), f"paper_to_code.md names {name}"

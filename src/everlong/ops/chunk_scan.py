@@ -11,7 +11,7 @@ dimension M = B H, as `bmm` wants them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -253,41 +253,68 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
         saved = ctx.saved_tensors
         text, _ = _Text.of(saved[: ctx.inputs], ctx.layers)
-        states, products = list(saved[ctx.inputs :][: ctx.states]), saved[ctx.inputs + ctx.states :]
-        chunks, each = text.chunks, 4 * ctx.layers
+        kept = _Kept(
+            states=saved[ctx.inputs :][: ctx.states],
+            products=saved[ctx.inputs + ctx.states :],
+            interval=ctx.interval,
+            layers=ctx.layers,
+            each=len(dfinal),
+        )
         # Gradients of the state are scaled and added to in place from here on: copies.
         dstate = _State.of([x.clone() for x in dfinal], ctx.layers)
-        drows = [torch.empty_like(x) for x in saved[:3]]
+        drows = [torch.empty_like(x) for x in (text.q, text.k, text.v)]
         dgates: list[Gates] = []
         dscale = None if text.scale is None else torch.zeros_like(text.scale)
-        for first in reversed(range(0, chunks, BLOCK)):
+        for first in reversed(range(0, text.chunks, BLOCK)):
             block = text.block(first)
             coefficients, decays = coefficients_and_decays(block)
-            now = _by_chunk(coefficients)
             grads: list[LayerCoefficients] = []
-            for start in reversed(range(0, len(now), ctx.interval)):
-                state = _State.of(states[-len(dfinal) :], ctx.layers)
-                del states[-len(dfinal) :]
-                group: list[_Chunk] = []
-                for n in range(start, min(start + ctx.interval, len(now))):
-                    state = group[-1].carry() if group else state
-                    kept = products[(first + n) * each : (first + n + 1) * each]
-                    group.append(_Chunk(text, first + n, state, now[n], kept))
-                while group:
-                    chunk = group.pop()
-                    for whole, part in zip(
-                        drows, chunk.backward(text.rows(dy, chunk.index), dstate), strict=True
-                    ):
-                        text.put(whole, chunk.index, part)
-                    grads += reversed(chunk.grads)
-                    if dscale is not None:
-                        dscale += chunk.dscale.unsqueeze(1)
+            for chunk in kept.last_first(text, first, _by_chunk(coefficients)):
+                parts = chunk.backward(text.rows(dy, chunk.index), dstate)
+                for whole, part in zip(drows, parts, strict=True):
+                    text.put(whole, chunk.index, part)
+                grads += reversed(chunk.grads)
+                if dscale is not None:
+                    dscale += chunk.dscale.unsqueeze(1)
             total = _stack(grads[::-1], coefficients)
             dgates.append(coefficients_backward(block, decays, coefficients, total))
         gate_grads = [
             None if gate[0] is None else torch.cat(gate[::-1]) for gate in zip(*dgates, strict=True)
         ]
         return (None, None, *drows, dscale, *gate_grads, *dstate.tensors)
+
+
+class _Kept(NamedTuple):
+    """What the forward pass kept: states at every `interval`-th chunk of a block, all products."""
+
+    states: Sequence[Tensor]
+    products: Sequence[Tensor | None]
+    interval: int
+    layers: int
+    each: int  # tensors of a state
+
+    def last_first(
+        self, text: "_Text", first: int, coefficients: list[list[LayerCoefficients]]
+    ) -> "Iterator[_Chunk]":
+        """The chunks of the block that begins at chunk `first`, from the last to the first."""
+        starts = range(0, len(coefficients), self.interval)
+        before = first // BLOCK * len(range(0, BLOCK, self.interval))
+        for at, start in reversed(list(enumerate(starts, before))):
+            state = self._state(at)
+            group: list[_Chunk] = []
+            for n in range(start, min(start + self.interval, len(coefficients))):
+                state = group[-1].carry() if group else state
+                products = self._products(first + n)
+                group.append(_Chunk(text, first + n, state, coefficients[n], products))
+            while group:
+                yield group.pop()
+
+    def _state(self, at: int) -> "_State":
+        return _State.of(self.states[at * self.each : (at + 1) * self.each], self.layers)
+
+    def _products(self, index: int) -> Sequence[Tensor | None]:
+        each = 4 * self.layers
+        return self.products[index * each : (index + 1) * each]
 
 
 class _State(NamedTuple):
