@@ -98,3 +98,11 @@ def test_inputs_and_states_that_do_not_fit():
         layer(torch.randn(2, 3, 8), NeuralMemory(8, 2, expansion=2, chunk_size=4).initial_state(2))
     with pytest.raises(ValueError, match=r"the state is torch\.float32"):
         layer.double()(torch.randn(2, 3, 8).double(), NeuralMemory(8, 2, chunk_size=4).initial_state(2))
+
+
+def test_a_state_of_another_convolution_is_refused():
+    x = torch.randn(1, 5, 8)
+    states = {kernel: NeuralMemory(8, 2, chunk_size=4, conv_kernel=kernel)(x)[1] for kernel in (2, 4)}
+    for kernel, wrong in ((4, 2), (2, 4), (0, 4)):
+        with pytest.raises(ValueError, match="convolution tail"):
+            NeuralMemory(8, 2, chunk_size=4, conv_kernel=kernel)(x, states[wrong])

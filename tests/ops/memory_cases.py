@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from everlong.ops import NeuralMemoryState
 
 
-def make_inputs(tokens, *, batch=2, heads=2, size=4, layers=2, expansion=2, seed=0, **options):
+def make_inputs(
+    tokens, *, batch=2, heads=2, size=4, layers=2, expansion=2, theta=0.02, seed=0, **options
+):
     """q, k, v, gates, M_0, S_0 and LN's scale in float64, as leaves that want gradients.
 
-    options: momentum, decay, norm (all default True).
+    theta: its upper bound. options: momentum, decay, norm (all default True).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,7 +27,7 @@ def make_inputs(tokens, *, batch=2, heads=2, size=4, layers=2, expansion=2, seed
         "q": F.normalize(normal(batch, tokens, heads, size), dim=-1),
         "k": F.normalize(normal(batch, tokens, heads, size), dim=-1),
         "v": normal(batch, tokens, heads, size),
-        "theta": 0.02 * torch.sigmoid(normal(batch, tokens, heads, layers)),
+        "theta": theta * torch.sigmoid(normal(batch, tokens, heads, layers)),
         "log_retain": F.logsigmoid(normal(batch, tokens, heads, layers) + 2) if decay else None,
         "log_eta": F.logsigmoid(normal(batch, tokens, heads, layers)) if momentum else None,
         "scale": 1 + 0.2 * normal(heads, size) if norm else None,

@@ -63,13 +63,93 @@ def test_dual_form_equals_reference(layers, tokens, first, switches):
 
 
 @pytest.mark.parametrize("switches", [{}, {"momentum": False}, {"decay": False, "norm": False}])
-def test_many_chunks(switches):
-    """More than a block of chunks, and states kept at some of them only."""
-    inputs = make_inputs(2 * 11 + 1, **switches)
-    want = outputs_and_gradients(recurrent_neural_memory, inputs, 23, 2, 0)
-    got = outputs_and_gradients(chunk_neural_memory, inputs, 23, 2, 0)
+@pytest.mark.parametrize("chunks", [11, 19, 34])
+def test_many_chunks(switches, chunks):
+    """More than a block of chunks, with states kept at every second, third and fourth of them."""
+    tokens = 2 * chunks + 1
+    # Small steps: with larger ones so long a text amplifies its inputs' last digit beyond the table.
+    inputs = make_inputs(tokens, size=8, expansion=1, batch=1, theta=0.005, **switches)
+    want = outputs_and_gradients(recurrent_neural_memory, inputs, tokens, 2, 0)
+    got = outputs_and_gradients(chunk_neural_memory, inputs, tokens, 2, 0)
     for name in want:
         assert_close(name, got[name], want[name])
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "theta", "log_eta", "scale", "weight1", "momentum0"])
+def test_gradients_of_one_input_alone(wanted):
+    inputs = make_inputs(9)
+    (want,) = torch.autograd.grad(loss_of(inputs), inputs[wanted])
+    alone = {n: x if x is None or n == wanted else x.detach() for n, x in inputs.items()}
+    (got,) = torch.autograd.grad(loss_of(alone), alone[wanted])
+    assert_close(wanted, got, want)
+
+
+def loss_of(inputs):
+    y, state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK))
+    return y.square().sum() + sum(w.square().sum() for w in state.current()[0])
+
+
+def test_incoming_gradients_stay_as_they_are():
+    inputs = make_inputs(2 * CHUNK)
+    y, state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK))
+    outputs = [y, *state.weights, *state.momentum]
+    grads = [torch.randn_like(x) for x in outputs]
+    before = [grad.clone() for grad in grads]
+    torch.autograd.grad(outputs, inputs["k"], grads)
+    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+
+
+def test_a_scale_in_half_precision_has_its_gradient_summed_in_the_states_type():
+    inputs = make_inputs(20 * CHUNK, theta=0.001)
+    inputs = {n: x if x is None else x.detach().float() for n, x in inputs.items()}
+    state = start_state(inputs, CHUNK)
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        scale = inputs["scale"].bfloat16().to(dtype).requires_grad_()
+        y, _ = run(chunk_neural_memory, {**inputs, "scale": scale}, state)
+        (grad,) = torch.autograd.grad(y.square().sum(), scale)
+        grads.append(grad)
+    assert torch.equal(grads[1], grads[0].bfloat16()), "rounded once, at the end"
+
+
+def test_backward_under_autocast():
+    inputs = {n: x if x is None else x.detach().float() for n, x in make_inputs(9).items()}
+    inputs["k"].requires_grad_()
+    (want,) = torch.autograd.grad(loss_of(inputs), inputs["k"])
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(loss_of(inputs), inputs["k"])
+    assert_close("k", got, want, torch.bfloat16)
+
+
+def test_second_derivatives_are_refused():
+    inputs = make_inputs(9)
+    (grad,) = torch.autograd.grad(loss_of(inputs), inputs["log_eta"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_pads_may_hold_anything():
+    inputs = make_inputs(6)
+    want, want_state = run(
+        chunk_neural_memory, inputs, start_state(inputs, CHUNK), lengths=torch.tensor([6, 3])
+    )
+    names = ("q", "k", "v", "theta", "log_retain", "log_eta")
+    dirty = {n: x if x is None else x.detach().clone() for n, x in inputs.items()}
+    for name in names:
+        dirty[name][1, 3:] = torch.nan
+    dirty["k"].requires_grad_()
+    y, state = run(chunk_neural_memory, dirty, start_state(dirty, CHUNK), lengths=torch.tensor([6, 3]))
+    assert_close("y", y, want)
+    assert_states_close("state", state, want_state)
+    (grad,) = torch.autograd.grad(y.sum(), dirty["k"])
+    assert grad.isfinite().all()
+
+
+def test_one_tensor_as_key_and_value():
+    inputs = make_inputs(6)
+    y, _ = run(chunk_neural_memory, {**inputs, "v": inputs["k"]}, start_state(inputs, CHUNK))
+    want, _ = run(chunk_neural_memory, {**inputs, "v": inputs["k"].clone()}, start_state(inputs, CHUNK))
+    assert_close("y", y, want)
 
 
 def test_chunk_of_one_is_the_exact_recurrence():
@@ -177,6 +257,9 @@ def refuse(message, change, **keywords):
     [
         ("built for batch 1 but the input has batch 2: take rows", lambda i, s: (i, s.select([0]))),
         ("q, k, v must agree", lambda i, s: ({**i, "k": i["k"][:, :2]}, s)),
+        ("q, k, v must agree", lambda i, s: ({**i, "v": i["v"][..., :1]}, s)),
+        ("q, k, v must agree", lambda i, s: ({**i, "q": i["q"][0]}, s)),
+        ("scale must be", lambda i, s: ({**i, "scale": i["scale"][:1]}, s)),
         ("theta must be", lambda i, s: ({**i, "theta": i["theta"][:, :2]}, s)),
         (
             "log_eta is absent but the state was started with it",

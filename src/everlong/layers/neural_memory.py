@@ -15,7 +15,8 @@ from everlong.ops.decay import Gates
 
 
 class MemoryOutput(NamedTuple):
-    """What a memory gives: y [B, T, D], the state, and theta as a share of its bound [B, T, H, L]."""
+    """What a memory gives: y [B, T, D], the state, and theta as a share of
+    max_learning_rate / chunk_size [B, T, H, L]."""
 
     y: Tensor
     state: NeuralMemoryState
@@ -42,7 +43,7 @@ class NeuralMemory(nn.Module):
         max_learning_rate: theta lies below max_learning_rate / chunk_size * (1 - eta): a chunk's
             gradients add up, and momentum multiplies them by up to 1 / (1 - eta).
         initial_alpha, initial_eta, initial_theta: values of the gates in a fresh layer, in (0, 1);
-            theta's is the share of its upper bound.
+            theta's is the share of its upper bound above.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -84,7 +85,7 @@ class NeuralMemory(nn.Module):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if max_learning_rate <= 0:
+        if not max_learning_rate > 0:
             raise ValueError(f"max_learning_rate must be positive, got {max_learning_rate}")
         for name, gate in (
             ("initial_alpha", initial_alpha),
@@ -162,17 +163,25 @@ class NeuralMemory(nn.Module):
         if state is None:
             state = self.initial_state(x.shape[0], x.dtype)
         else:
+            state.check_batch(x.shape[0])
             self._check_state(state)
         q, k, v, tail = self._rows(x, state.conv_tail)
         gates = self._gates(x, state.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            y, state = chunk_neural_memory(q, k, v, *gates, state=state, scale=self.memory_scale)
+        y, state = chunk_neural_memory(q, k, v, *gates, state=state, scale=self.memory_scale)
         y = self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x))
         strength = gates.theta * (self.chunk_size / self.max_learning_rate)
         return MemoryOutput(self.o_proj(y), replace(state, conv_tail=tail), strength)
 
     def _check_state(self, state: NeuralMemoryState) -> None:
-        """Refuse a state whose memory is not this layer's (the op checks batch, type and device)."""
+        """Refuse a state whose memory is not this layer's (the op checks type and device)."""
+        if state.conv_tail is not None:
+            taps = 1 if self.conv is None else self.conv.shape[1]
+            want_tail = [taps - 1, 3 * self.num_heads * self.head_dim]
+            if self.conv is None or list(state.conv_tail.shape[1:]) != want_tail:
+                raise ValueError(
+                    f"state was built with a convolution tail of {list(state.conv_tail.shape[1:])} but "
+                    f"the layer wants {want_tail}: it belongs to another layer or model"
+                )
         got = [list(w.shape[1:]) for w in state.weights]
         want = [list(w.shape) for w in self.memory_init]
         if state.chunk_size != self.chunk_size or got != want:

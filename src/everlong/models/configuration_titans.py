@@ -33,8 +33,9 @@ class TitansConfig(PreTrainedConfig):
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
         max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
         memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
-            this times the mean of theta over all memories, as a share of its upper end. A memory
-            that pays for what it writes leaves alone what nobody asks for, and keeps longer.
+            this times the mean of theta over all memories, as a share of max_memory_learning_rate /
+            chunk_size. A memory that pays for what it writes leaves alone what nobody asks for, and
+            keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end).
     """

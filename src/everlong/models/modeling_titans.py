@@ -114,7 +114,7 @@ class TitansPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class TitansModelOutput(BaseModelOutputWithPast):
-    """As the base class; `written` is the mean of theta over all memories, as a share of its bound."""
+    """As the base class; `written` is the mean of `MemoryOutput.strength` over all memories."""
 
     written: Tensor | None = None
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from everlong.ops.decay import (
     ChunkCoefficients,
@@ -250,38 +251,46 @@ class _ChunkScan(torch.autograd.Function):
         return (y, *state.tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        text, _ = _Text.of(saved[: ctx.inputs], ctx.layers)
-        kept = _Kept(
-            states=saved[ctx.inputs :][: ctx.states],
-            products=saved[ctx.inputs + ctx.states :],
-            interval=ctx.interval,
-            layers=ctx.layers,
-            each=len(dfinal),
-        )
-        # Gradients of the state are scaled and added to in place from here on: copies.
-        dstate = _State.of([x.clone() for x in dfinal], ctx.layers)
-        drows = [torch.empty_like(x) for x in (text.q, text.k, text.v)]
-        dgates: list[Gates] = []
-        dscale = None if text.scale is None else torch.zeros_like(text.scale)
-        for first in reversed(range(0, text.chunks, BLOCK)):
-            block = text.block(first)
-            coefficients, decays = coefficients_and_decays(block)
-            grads: list[LayerCoefficients] = []
-            for chunk in kept.last_first(text, first, _by_chunk(coefficients)):
-                parts = chunk.backward(text.rows(dy, chunk.index), dstate)
-                for whole, part in zip(drows, parts, strict=True):
-                    text.put(whole, chunk.index, part)
-                grads += reversed(chunk.grads)
-                if dscale is not None:
-                    dscale += chunk.dscale.unsqueeze(1)
-            total = _stack(grads[::-1], coefficients)
-            dgates.append(coefficients_backward(block, decays, coefficients, total))
-        gate_grads = [
-            None if gate[0] is None else torch.cat(gate[::-1]) for gate in zip(*dgates, strict=True)
-        ]
-        return (None, None, *drows, dscale, *gate_grads, *dstate.tensors)
+        # The forward pass ran without autocast, so does this, wherever it is called.
+        with torch.autocast(dy.device.type, enabled=False):
+            return _scan_backward(ctx, dy, dfinal)
+
+
+def _scan_backward(ctx: Any, dy: Tensor, dfinal: Tensors) -> Any:
+    """From the gradients of y and the final state to those of all inputs."""
+    saved = ctx.saved_tensors
+    text, _ = _Text.of(saved[: ctx.inputs], ctx.layers)
+    kept = _Kept(
+        states=saved[ctx.inputs :][: ctx.states],
+        products=saved[ctx.inputs + ctx.states :],
+        interval=ctx.interval,
+        layers=ctx.layers,
+        each=len(dfinal),
+    )
+    # Gradients of the state are scaled and added to in place from here on: copies.
+    dstate = _State.of([x.clone() for x in dfinal], ctx.layers)
+    drows = [torch.empty_like(x) for x in (text.q, text.k, text.v)]
+    dgates: list[Gates] = []
+    dscale = None if text.scale is None else torch.zeros_like(text.scale)
+    for first in reversed(range(0, text.chunks, BLOCK)):
+        block = text.block(first)
+        coefficients, decays = coefficients_and_decays(block)
+        grads: list[LayerCoefficients] = []
+        for chunk in kept.last_first(text, first, _by_chunk(coefficients)):
+            parts = chunk.backward(text.rows(dy, chunk.index), dstate)
+            for whole, part in zip(drows, parts, strict=True):
+                text.put(whole, chunk.index, part)
+            grads += reversed(chunk.grads)
+            if dscale is not None:
+                dscale += chunk.dscale.unsqueeze(1)
+        total = _stack(grads[::-1], coefficients)
+        dgates.append(coefficients_backward(block, decays, coefficients, total))
+    gate_grads = [
+        None if gate[0] is None else torch.cat(gate[::-1]) for gate in zip(*dgates, strict=True)
+    ]
+    return (None, None, *drows, dscale, *gate_grads, *dstate.tensors)
 
 
 class _Kept(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Gates(NamedTuple):
@@ -173,8 +174,10 @@ class _Coefficients(torch.autograd.Function):
         return tuple(coefficients)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Gates:
         *saved, memory_carry = ctx.saved_tensors
         gates, decays = Gates(*saved[:3]), Decays(*saved[3:])
         coefficients = ChunkCoefficients(memory_carry, None, memory_carry, None, None)
-        return coefficients_backward(gates, decays, coefficients, ChunkCoefficients(*grads))
+        with torch.autocast(memory_carry.device.type, enabled=False):
+            return coefficients_backward(gates, decays, coefficients, ChunkCoefficients(*grads))

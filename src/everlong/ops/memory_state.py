@@ -84,6 +84,14 @@ class NeuralMemoryState:
         """Number of rows, B."""
         return self.weights[0].shape[0]
 
+    def check_batch(self, batch: int) -> None:
+        """Raise ValueError when the state is not for so many rows."""
+        if self.batch_size != batch:
+            raise ValueError(
+                f"state was built for batch {self.batch_size} but the input has batch {batch}: take "
+                "rows with state.select(rows), or pass state=None to start from an empty memory"
+            )
+
     @property
     def gates(self) -> Gates:
         """The open chunk's gates, [B, H, L, C] each."""

@@ -30,6 +30,7 @@ def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | Non
     Returns [B, T, H, K].
     """
     rows = q.transpose(1, 2).to(weights[0].dtype)
+    scale = None if scale is None else scale.to(rows.dtype)
     return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
 
 
@@ -49,8 +50,9 @@ def recurrent_neural_memory(
     Arguments and results are those of `chunk_neural_memory`; all rows must stand at one position.
     """
     gates = Gates(theta, log_retain, log_eta)
-    _check(q, k, v, gates, state, None)
-    position = int(state.position[0])
+    _check(q, k, v, gates, state, scale, None)
+    scale = None if scale is None else scale.to(state.dtype)
+    position = int(state.position[0]) if state.batch_size else 0
     if bool((state.position != position).any()):
         raise ValueError(f"the reference wants equal positions, got {state.position.tolist()}")
     weights: Sequence[Tensor] = state.weights
@@ -135,17 +137,20 @@ def chunk_neural_memory(
     Returns y [B, T, H, K] in q's type, and the state. Raises ValueError when shapes do not fit.
     """
     gates = Gates(theta, log_retain, log_eta)
-    _check(q, k, v, gates, state, lengths)
+    _check(q, k, v, gates, state, scale, lengths)
     dtype, tokens = state.dtype, q.shape[1]
+    scale = None if scale is None else scale.to(dtype)
     rows = tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
     gates = gates.map(lambda gate: gate.to(dtype).permute(0, 2, 3, 1))
     if not tokens:
         return torch.zeros_like(q), state
-    if lengths is None and bool((state.position == state.position[:1]).all()):
-        y, state = _aligned(rows, gates, tokens, state, scale)
-    else:
-        counts = torch.full_like(state.position, tokens) if lengths is None else lengths
-        y, state = _ragged(rows, gates, counts, state, scale)
+    # The state's type is the type of everything here, under autocast too.
+    with torch.autocast(q.device.type, enabled=False):
+        if lengths is None and bool((state.position == state.position[:1]).all()):
+            y, state = _aligned(rows, gates, tokens, state, scale)
+        else:
+            counts = torch.full_like(state.position, tokens) if lengths is None else lengths
+            y, state = _ragged(rows, gates, counts, state, scale)
     return y.transpose(1, 2).to(q.dtype), state
 
 
@@ -196,12 +201,15 @@ def _ragged(
         length = int(count.max())
         token = (offset[:, None] + torch.arange(length)).clamp(max=rows[0].shape[2] - 1)
         index = token.to(device)[:, None, :, None]
-        piece = tuple(x.gather(2, index.expand(-1, *x.shape[1:2], -1, x.shape[3])) for x in rows)
-        columns = index.mT.expand(-1, *gates.theta.shape[1:3], -1)
-        piece_gates = gates.map(lambda gate: gate.gather(3, columns))  # noqa: B023
-        out, state = _extend(piece, piece_gates, state, start, count, scale)
         real = (torch.arange(length) < count[:, None]).to(device)[:, None, :, None]
-        y = y.scatter_add(2, index.expand_as(out), out * real)
+        columns = index.mT.expand(-1, *gates.theta.shape[1:3], -1)
+        # What pads hold may be anything, NaN too: zeros take its place before any arithmetic.
+        piece = tuple(
+            x.gather(2, index.expand(-1, *x.shape[1:2], -1, x.shape[3])).where(real, 0.0) for x in rows
+        )
+        piece_gates = gates.map(lambda gate: gate.gather(3, columns).where(real.mT, 0.0))  # noqa: B023
+        out, state = _extend(piece, piece_gates, state, start, count, scale)
+        y = y.scatter_add(2, index.expand_as(out), out.where(real, 0.0))
         offset = offset + count
     return y, state
 
@@ -340,27 +348,25 @@ def _check(
     v: Tensor,
     gates: Gates,
     state: NeuralMemoryState,
+    scale: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
     """Refuse what does not fit, before any work."""
-    batch, tokens, heads = q.shape[:3]
     layers = len(state.weights)
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             f"q, k, v must agree in [B, T, H, K], got {[tuple(x.shape) for x in (q, k, v)]}"
         )
-    if state.batch_size != batch:
-        raise ValueError(
-            f"state was built for batch {state.batch_size} but the input has batch {batch}: take rows "
-            "with state.select(rows), or pass state=None to start from an empty memory"
-        )
-    for weight, want in zip((state.weights[0], state.weights[-1]), (k, v), strict=True):
-        width = weight.shape[2] if want is k else weight.shape[3]
-        if weight.shape[1] != heads or width != want.shape[3]:
+    batch, tokens, heads, size = q.shape
+    state.check_batch(batch)
+    for held, width in ((state.weights[0], 2), (state.weights[-1], 3)):
+        if held.shape[1] != heads or held.shape[width] != size:
             raise ValueError(
-                f"the state's memory has {weight.shape[1]} heads of size {width}, the input {heads} "
-                f"of size {want.shape[3]}: it belongs to another layer or model"
+                f"the state's memory has {held.shape[1]} heads of size {held.shape[width]}, the input "
+                f"{heads} of size {size}: it belongs to another layer or model"
             )
+    if scale is not None and scale.shape != (heads, size):
+        raise ValueError(f"scale must be [H, K] = {[heads, size]}, got {list(scale.shape)}")
     if gates.theta.dim() == 4 and gates.theta.shape[3] != layers:
         raise ValueError(
             f"the state's memory has {layers} layers but the gates are for {gates.theta.shape[3]}: it "
@@ -391,6 +397,11 @@ def _check(
                 f"{'without' if kept is None else 'with'} it: start the state with the same gates"
             )
     if lengths is not None and (
-        lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > tokens)).any())
+        not isinstance(lengths, Tensor)
+        or lengths.is_floating_point()
+        or lengths.shape != (batch,)
+        or bool(((lengths < 0) | (lengths > tokens)).any())
     ):
-        raise ValueError(f"lengths must be [B] = [{batch}] in 0 ... {tokens}, got {lengths}")
+        raise ValueError(
+            f"lengths must be a tensor of integers, [B] = [{batch}], in 0 ... {tokens}, got {lengths}"
+        )

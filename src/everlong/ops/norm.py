@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 UNIT_EPS = 1e-6
 
@@ -35,6 +36,7 @@ class _Rescaled(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         y, inverse = ctx.saved_tensors
         along = (y * dy).sum(-1, keepdim=True)
