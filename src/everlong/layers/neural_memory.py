@@ -75,25 +75,17 @@ class NeuralMemory(nn.Module):
                     "change one of them or give head_dim"
                 )
             head_dim = hidden_size // num_heads
-        for name, value, least in (
-            ("num_heads", num_heads, 1),
-            ("head_dim", head_dim, 1),
-            ("depth", depth, 1),
-            ("expansion", expansion, 1),
-            ("chunk_size", chunk_size, 1),
-            ("conv_kernel", conv_kernel, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_at_least(
+            (1, "num_heads", num_heads),
+            (1, "head_dim", head_dim),
+            (1, "depth", depth),
+            (1, "expansion", expansion),
+            (1, "chunk_size", chunk_size),
+            (0, "conv_kernel", conv_kernel),
+        )
         if not max_learning_rate > 0:
             raise ValueError(f"max_learning_rate must be positive, got {max_learning_rate}")
-        for name, gate in (
-            ("initial_alpha", initial_alpha),
-            ("initial_eta", initial_eta),
-            ("initial_theta", initial_theta),
-        ):
-            if not 0 < gate < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
+        _check_gates(initial_alpha=initial_alpha, initial_eta=initial_eta, initial_theta=initial_theta)
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.depth, self.chunk_size = depth, chunk_size
         self.momentum, self.decay = momentum, decay
@@ -219,6 +211,18 @@ class NeuralMemory(nn.Module):
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
         return Gates(theta, log_retain, log_eta)
+
+
+def _check_at_least(*sizes: tuple[int, str, int]) -> None:
+    for least, name, value in sizes:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_gates(**gates: float) -> None:
+    for name, gate in gates.items():
+        if not 0 < gate < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
 
 
 def _logit(p: float) -> float:

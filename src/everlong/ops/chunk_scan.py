@@ -200,6 +200,11 @@ def _outer_backward(
     return (pair[1], pair[0], ddiagonal) if flip else (*pair, ddiagonal)
 
 
+def scale_of_each(scale: Tensor | None, memories: tuple[int, ...]) -> Tensor | None:
+    """LN's scale [H, K] for each of the memories (B, H): [M, 1, K]."""
+    return None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
+
+
 def scan_chunks(
     rows: Tensors,
     gates: Gates,
@@ -215,9 +220,8 @@ def scan_chunks(
     """
     layers, memories = len(weights), rows[0].shape[:2]
     gates = gates.map(lambda g: g.unflatten(3, (-1, chunk_size)).permute(3, 2, 0, 1, 4).flatten(2, 3))
-    scales = None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
     state = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]
-    inputs = (*rows, scales, *gates, *state)
+    inputs = (*rows, scale_of_each(scale, memories), *gates, *state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, *final = _ChunkScan.apply(layers, train, *inputs)
     final = [x.unflatten(0, memories) for x in final]

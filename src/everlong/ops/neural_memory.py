@@ -17,7 +17,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from everlong.ops.chunk_scan import carry_chunk, layer_coefficients, read_layers, scan_chunks
+from everlong.ops.chunk_scan import (
+    carry_chunk,
+    layer_coefficients,
+    read_layers,
+    scale_of_each,
+    scan_chunks,
+)
 from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
 from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
@@ -235,7 +241,7 @@ def _extend(
         return [x.unflatten(0, memories) for x in tensors]
 
     q, k, v = flat(rows)
-    scale = None if scale is None else scale.expand(*memories, -1).flatten(0, 1).unsqueeze(1)
+    scale = scale_of_each(scale, memories)
     weights = flat(state.weights)
     momentum = None if state.momentum is None else flat(state.momentum)
     inner = InnerGradient(k, v, weights, scale)
