@@ -12,6 +12,7 @@ from everlong import NeuralMemory, TitansConfig, TitansForCausalLM
 VOCABULARY = 11
 CHUNK = 4  # chunk of every memory below
 WINDOW = 6  # window of every sliding attention below
+SEGMENT = 8  # segment of every memory as context below
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,27 @@ class Subject:
         out = module(x, past_key_values=state, use_cache=True)
         return out.logits, out.past_key_values
 
+    def read_rows(
+        self,
+        module: nn.Module,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        starts: torch.Tensor,
+        state: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """As `read`, of rows with pads (0 in mask) and documents that start where `starts` holds."""
+        if not self.is_model:
+            return module(x, state, mask=mask, restart=starts)
+        positions = torch.where(starts, 0, 1)
+        out = module(x, mask, positions, past_key_values=state, use_cache=True)
+        return out.logits, out.past_key_values
+
     def leaves(self, state: Any) -> list[torch.Tensor]:
         """The tensors of a state."""
         if self.is_model:
             state = [layer.state for layer in state.layers]
-        return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if leaf is not None]
+        leaves = torch.utils._pytree.tree_leaves(state)
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def select(self, state: Any, rows: list[int]) -> Any:
         """The state of some rows (a model's cache changes in place)."""
@@ -86,6 +103,8 @@ def titans(*layer_types: str, **options: Any) -> Callable[[], nn.Module]:
                 "num_key_value_heads": 1,
                 "layer_types": list(layer_types),
                 "sliding_window": WINDOW,
+                "segment_length": SEGMENT,
+                "num_persistent_tokens": 3,
                 "chunk_size": CHUNK,
                 "memory_expansion": 2,
                 "max_memory_learning_rate": 0.5,
@@ -101,9 +120,15 @@ SUBJECTS = [
     Subject("layer-deep", layer(depth=3), is_model=False),
     Subject("layer-bare", layer(conv_kernel=0, momentum=False, decay=False), is_model=False),
     Subject("lmm", titans("lmm", "lmm")),
+    Subject("mac", titans("mac", "mac")),
+    Subject("mag", titans("mag", "mag")),
+    Subject("mal", titans("mal", "mal")),
     Subject("sliding", titans("sliding_attention", "sliding_attention")),
     Subject("full", titans("full_attention")),
+    Subject("mac-alone", titans("mac", num_persistent_tokens=0, conv_kernel=0)),
     Subject("hybrid", titans("lmm", "sliding_attention", "full_attention")),
+    Subject("hybrid-mac", titans("mac", "sliding_attention", "mag")),
+    Subject("hybrid-mal", titans("mal", "full_attention", "mac", memory_depth=1)),
 ]
 
 # The same with chunks of a usual length, for very long texts.
@@ -112,4 +137,7 @@ LONG = [
     Subject("layer-linear", layer(depth=1, chunk_size=64), is_model=False),
     Subject("layer-deep", layer(depth=3, chunk_size=64), is_model=False),
     Subject("lmm", titans("lmm", "lmm", chunk_size=64)),
+    Subject("mac", titans("mac", chunk_size=64, segment_length=512)),
+    Subject("mag", titans("mag", chunk_size=64, sliding_window=512)),
+    Subject("mal", titans("mal", chunk_size=64, sliding_window=512)),
 ]

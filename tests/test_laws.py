@@ -1,7 +1,8 @@
 """The laws that every layer and model of the library keeps, whatever is inside it.
 
-1 causal, 3 split, 4 row, 7 cache, 8 reach, 9 bounded, 10 round trip; law 2 (the fast form equals
-the reference) stands beside each op. 3, 4 and 7 hold in float64 to the tolerance table.
+1 causal, 3 split, 4 row, 5 padding, 6 packing, 7 cache, 8 reach, 9 bounded, 10 round trip; law 2
+(the fast form equals the reference) stands beside each op and block. 3 to 7 hold in float64 to the
+tolerance table.
 """
 
 import copy
@@ -96,6 +97,72 @@ def test_law_4_row(subject):
     assert_close("selected rows", got, more[[2, 0]])
 
 
+# How a row of a call looks: p a pad, s a token that starts a document, . any other token.
+LAYOUT = st.lists(st.text("p..s..", min_size=1, max_size=24), min_size=1, max_size=3)
+
+
+@EVERY
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.lists(LAYOUT, min_size=1, max_size=3), st.integers(1, 3))
+def test_laws_5_and_6_padding_and_packing(subject, calls, batch):
+    """Rows with pads anywhere and documents that start anywhere, over several calls, equal each
+    document read alone; what is read next too."""
+    module = subject.make()
+    rows = [[(call * batch)[row] for call in calls] for row in range(batch)]
+    width = [max(len(row[n]) for row in rows) for n in range(len(calls))]
+    rows = [[part.ljust(n, "p") for part, n in zip(row, width, strict=True)] for row in rows]
+    state = None
+    documents: list[list] = [[None] for _ in rows]  # of each row: what was read of each
+    for n, columns in enumerate(width):
+        looks = [row[n] for row in rows]
+        x = subject.inputs(batch, columns, seed=n)
+        mask = torch.tensor([[c != "p" for c in look] for look in looks])
+        starts = torch.tensor([[c == "s" for c in look] for look in looks])
+        with torch.no_grad():
+            y, state = subject.read_rows(module, x, mask, starts, state)
+        for row, look in enumerate(looks):
+            for t, c in enumerate(look):
+                if c == "s":
+                    documents[row].append(None)
+                if c != "p":
+                    pair = (x[row : row + 1, t : t + 1], y[row : row + 1, t : t + 1])
+                    documents[row][-1] = [*(documents[row][-1] or []), pair]
+    more = subject.inputs(batch, 5, seed=99)
+    with torch.no_grad():
+        after, _ = subject.read(module, more, state)
+        for row, parts in enumerate(documents):
+            for part in parts:
+                if part is not None:
+                    read, wanted = (torch.cat(each, 1) for each in zip(*part, strict=True))
+                    got, alone = subject.read(module, read)
+                    assert_close(f"document of {read.shape[1]}", got, wanted)
+                    last = alone
+            if parts[-1] is None:
+                last = None
+            want, _ = subject.read(module, more[row : row + 1], last)
+            assert_close("continued", after[row : row + 1], want)
+
+
+@EVERY
+def test_laws_5_and_6_in_gradients(subject):
+    """Gradients of a packed and padded batch are those of its documents."""
+    module = subject.make()
+    lengths, x = (3, 2 * WINDOW + 1, CHUNK), subject.inputs(1, 4 + 3 + 2 * WINDOW + 1 + CHUNK)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[0, [0, 1, 5, -1]] = False
+    starts = torch.zeros_like(mask)
+    real = mask[0].nonzero()[:, 0]
+    starts[0, real[[0, lengths[0], lengths[0] + lengths[1]]]] = True
+    subject.read_rows(module, x, mask, starts)[0].square().sum().backward()
+    packed = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    loss = sum(subject.read(module, part)[0].square().sum() for part in x[:, real].split(lengths, 1))
+    # What is read at pads has no history, but a model's head sees a row of zeros there.
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        assert_close(name, packed[name], parameter.grad)
+
+
 @MODELS
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_law_7_cache(subject, options):
@@ -152,7 +219,11 @@ def read_on(subject, module, tokens, dtype, piece=1000):
                 assert leaf.isfinite().all(), f"the state after {start + piece} tokens"
 
 
-BOUNDED = [s for s in SUBJECTS if s.name in ("layer", "layer-linear", "layer-deep", "lmm", "hybrid")]
+BOUNDED = [
+    s
+    for s in SUBJECTS
+    if s.name in ("layer", "layer-linear", "layer-deep", "lmm", "mac", "mag", "mal", "hybrid")
+]
 
 
 @pytest.mark.parametrize("subject", BOUNDED, ids=lambda s: s.name)

@@ -52,7 +52,7 @@ def test_damaged_files(tmp_path, state):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="holds no neural memory state"):
+    with pytest.raises(ValueError, match="holds no state of format"):
         NeuralMemoryState.load(path)
 
 

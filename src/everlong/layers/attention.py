@@ -1,22 +1,47 @@
-"""Self-attention over a window or over everything, with rotary positions and a cache."""
+"""Self-attention over a window, a segment or everything, with rotary positions and a cache."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
-from everlong.ops.attention import full_attention, sliding_attention
+from everlong.ops.attention import Prefix, full_attention, sliding_attention
+from everlong.ops.state import PerRow, State, agreed, choose_number
 
 
-class AttentionState(NamedTuple):
-    """Keys (rotated) and values of the tokens that later ones may still see, [B, M, S, K] each."""
+@dataclass(frozen=True)
+class AttentionState(State):
+    """What later tokens may still see.
+
+    keys (rotated), values: [B, M, S, K], each row's own tokens aligned right. position: tokens of the
+    document (of the open segment) so far, an integer or [B]. prefix: keys and values that every token
+    sees, [B, M, P, K] each, or None.
+    """
 
     keys: Tensor
     values: Tensor
+    position: PerRow
+    prefix: Prefix | None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return self.keys.shape[0]
+
+    def restart(self, fresh: Tensor, initial: "AttentionState") -> "AttentionState":
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds.
+
+        What a row sees is counted by its position, so keys need not be wiped.
+        """
+        return replace(self, position=choose_number(fresh, initial.position, self.position))
+
+
+register_dataclass(AttentionState)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with grouped keys (Llama's), optionally in a sliding window.
+    """Causal multi-head attention with grouped keys (Llama's).
 
     Args:
         hidden_size: width D. num_heads, num_key_value_heads: query heads and the keys they share.
@@ -40,33 +65,163 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
+    def initial_state(self, prefix: Tensor | None = None) -> AttentionState:
+        """The state of one row before its first token. prefix: [1, P, D] rows that every token sees."""
+        none = self.k_proj.weight.new_zeros(
+            1, self.k_proj.out_features // self.head_dim, 0, self.head_dim
+        )
+        seen = (
+            None
+            if prefix is None
+            else (self._heads(self.k_proj, prefix), self._heads(self.v_proj, prefix))
+        )
+        return AttentionState(none, none, 0, seen)
+
     def forward(
-        self, x: Tensor, positions: Tensor, state: AttentionState | None = None
+        self, x: Tensor, state: AttentionState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
-        """x: [B, T, D]; positions: [B, T] or [1, T] integers. Returns y [B, T, D] and the state."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
-        if state is not None:
-            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+        """x: [B, T, D]; lengths: [B] on the CPU, the real tokens of each row (default: all).
+
+        Returns y [B, T, D] and the state to go on from. Raises ValueError when the state does not fit.
+        """
+        state = self._checked(state, x)
+        q, k, v = (self._heads(each, x) for each in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._rotated(state, q, k)
+        k, v = _join(state.keys, k), _join(state.values, v)
+        past = state.position
         if self.window is None:
-            y, kept = full_attention(q, k, v), k.shape[2]
+            y = full_attention(q, k, v, past, state.prefix)
         else:
-            y, kept = sliding_attention(q, k, v, self.window), min(self.window - 1, k.shape[2])
-        start = k.shape[2] - kept
-        return self.o_proj(y.transpose(1, 2).flatten(2)), AttentionState(
-            k[:, :, start:], v[:, :, start:]
+            past = _at_most(past, self.window - 1)
+            y = sliding_attention(q, k, v, self.window, past, state.prefix)
+        position = agreed(state.position + (x.shape[1] if lengths is None else lengths))
+        kept = _largest(position if self.window is None else _at_most(position, self.window - 1))
+        state = self._keep(state, k, v, kept, lengths)
+        return self._out(y), replace(state, position=position)
+
+    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """[B, T, D] as heads [B, N, T, K]."""
+        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _out(self, y: Tensor) -> Tensor:
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _rotated(self, state: AttentionState, *rows: Tensor) -> list[Tensor]:
+        """Rows [B, ., T, K] of the tokens behind the state, at their positions."""
+        steps = torch.arange(rows[0].shape[2], device=rows[0].device)
+        start = torch.as_tensor(state.position).to(steps.device).view(-1, 1)
+        return rotate(start + steps, self.rope_theta, *rows)
+
+    def _keep(
+        self,
+        state: AttentionState,
+        k: Tensor,
+        v: Tensor,
+        kept: int,
+        lengths: Tensor | None,
+        each: int = 1,
+    ) -> AttentionState:
+        """The last `kept` tokens of every row of k, v [B, M, (S + T) each, K]."""
+        if lengths is None:
+            start = k.shape[2] - kept * each
+            # A copy, or a few kept keys would hold the memory of all.
+            keys, values = (x[:, :, start:].clone() if start else x for x in (k, v))
+        else:
+            tokens = k.shape[2] - state.keys.shape[2]
+            end = k.shape[2] - tokens + lengths * each
+            index = (end[:, None] - kept * each + torch.arange(kept * each)).clamp(min=0)
+            index = index.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            keys, values = k.gather(2, index), v.gather(2, index)
+        return replace(state, keys=keys, values=values)
+
+    def _checked(self, state: AttentionState | None, x: Tensor) -> AttentionState:
+        """The state, or an empty one; refuses what is not this layer's."""
+        if state is None:
+            return self.initial_state().expand(x.shape[0])
+        if not isinstance(state, AttentionState):
+            raise ValueError(
+                f"attention wants an AttentionState, got {type(state).__name__}: it belongs to another "
+                "layer or model"
+            )
+        state.check_batch(x.shape[0])
+        got, want = (
+            list(state.keys.shape[1::2]),
+            [self.k_proj.out_features // self.head_dim, self.head_dim],
         )
+        if got != want:
+            raise ValueError(
+                f"state was built with key heads and size {got} but the layer has {want}: it belongs "
+                "to another layer or model"
+            )
+        return state
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (Llama's halves) of x [B, N, T, K], in at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    exponent = torch.arange(half, dtype=dtype, device=x.device) / half
+class SegmentAttention(Attention):
+    """Attention inside segments of `segment` tokens, each with a row of the memory beside it (MAC).
+
+    Token i of a segment sees the prefix, and of its segment x_j and h_j for j <= i: causal attention
+    over [prefix, h_1, x_1, h_2, x_2, ...]. Positions start anew in each segment; h_j has x_j's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        segment: int,
+        rope_theta: float,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_key_value_heads, head_dim, None, rope_theta)
+        self.segment = segment
+
+    def attend(
+        self, x: Tensor, h: Tensor, state: AttentionState, lengths: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """x, h: [B, T, D], in each row no more tokens than its open segment has left.
+
+        Returns y [B, T, D] and the state, a new segment's where one is full.
+        """
+        state = self._checked(state, x)
+        q, k, v = (self._heads(each, x) for each in (self.q_proj, self.k_proj, self.v_proj))
+        memory_k, memory_v = self._heads(self.k_proj, h), self._heads(self.v_proj, h)
+        q, k, memory_k = self._rotated(state, q, k, memory_k)
+        k = _join(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))
+        v = _join(state.values, torch.stack([memory_v, v], 3).flatten(2, 3))
+        y = full_attention(q, k, v, state.position, state.prefix, each=2)
+        position = agreed(
+            (state.position + (x.shape[1] if lengths is None else lengths)) % self.segment
+        )
+        state = self._keep(state, k, v, _largest(position), lengths, each=2)
+        return self._out(y), replace(state, position=position)
+
+    def over_prefix(self, prefix: Tensor) -> Tensor:
+        """The outputs of prefix rows [1, P, D] that see each other and nothing else."""
+        q, k, v = (self._heads(each, prefix) for each in (self.q_proj, self.k_proj, self.v_proj))
+        return self._out(nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def rotate(positions: Tensor, theta: float, *rows: Tensor) -> list[Tensor]:
+    """Rotary position embedding (Llama's halves) of rows [B, ., T, K] at positions [B or 1, T]."""
+    dtype = torch.promote_types(rows[0].dtype, torch.float32)
+    half = rows[0].shape[-1] // 2
+    exponent = torch.arange(half, dtype=dtype, device=positions.device) / half
     angles = positions.to(dtype)[:, None, :, None] * theta**-exponent
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    left, right = x[..., :half], x[..., half:]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+    cos, sin = angles.cos().to(rows[0].dtype), angles.sin().to(rows[0].dtype)
+    rotated = []
+    for x in rows:
+        left, right = x[..., :half], x[..., half:]
+        rotated.append(torch.cat([left * cos - right * sin, right * cos + left * sin], -1))
+    return rotated
+
+
+def _join(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([past, new], 2) if past.shape[2] else new
+
+
+def _at_most(number: PerRow, bound: int) -> PerRow:
+    return number.clamp(max=bound) if isinstance(number, Tensor) else min(number, bound)
+
+
+def _largest(number: PerRow) -> int:
+    return int(number.max()) if isinstance(number, Tensor) else number

@@ -1,6 +1,7 @@
 """The neural memory as a layer: projections, gates and initialisation around the op."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,17 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
-from everlong.ops import NeuralMemoryState, causal_conv_silu, chunk_neural_memory, unit_length
+from everlong.ops import (
+    MemoryTrace,
+    NeuralMemoryState,
+    causal_conv_silu,
+    chunk_neural_memory,
+    read_neural_memory,
+    trace_neural_memory,
+    unit_length,
+)
 from everlong.ops.decay import Gates
+from everlong.ops.documents import Documents
 
 
 class MemoryOutput(NamedTuple):
-    """What a memory gives: y [B, T, D], the state, and theta as a share of
-    max_learning_rate / chunk_size [B, T, H, L]."""
+    """What a memory gives: y [B, T, D], the state, theta as a share of max_learning_rate /
+    chunk_size [B, T, H, L], and what it did, where that was asked."""
 
     y: Tensor
     state: NeuralMemoryState
     strength: Tensor
+    trace: MemoryTrace | None = None
 
 
 class NeuralMemory(nn.Module):
@@ -92,6 +103,7 @@ class NeuralMemory(nn.Module):
         self.max_learning_rate = max_learning_rate
         self.initial_alpha, self.initial_eta = initial_alpha, initial_eta
         self.initial_theta = initial_theta
+        self.read_only = False  # True: reads its state and writes nothing
 
         width = num_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
@@ -130,39 +142,122 @@ class NeuralMemory(nn.Module):
         """The memory before the first token: M_0 in every row, S_0 = 0."""
         weights = [w.expand(batch_size, *w.shape) for w in self.memory_init]
         dtype = torch.promote_types(dtype or weights[0].dtype, torch.float32)
-        return NeuralMemoryState.initial(
+        state = NeuralMemoryState.initial(
             [w.to(dtype) for w in weights],
             self.chunk_size,
             momentum=self.momentum,
             decay=self.decay,
         )
+        if self.conv is not None:
+            tail = self.conv.new_zeros(batch_size, self.conv.shape[1] - 1, self.conv.shape[0])
+            state = replace(state, conv_tail=tail)
+        return state
 
     def forward(
-        self, x: Tensor, state: NeuralMemoryState | None = None
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        *,
+        mask: Tensor | None = None,
+        restart: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """x: [B, T, D]; state: where an earlier call stopped, or None for an empty memory.
 
-        Returns y [B, T, D] and the state to go on from. Any number of tokens a call. Raises
-        ValueError when the state does not fit the layer or the input.
+        mask: [B, T], which tokens are real: the others are not read, and get zeros. restart: [B, T],
+        which real tokens start a document, with an empty memory; a row's state is that of its last
+        document. Returns y [B, T, D] and the state to go on from. Any number of tokens a call.
+        Raises ValueError when the state does not fit the layer or the input.
         """
-        output = self.read_write(x, state)
-        return output.y, output.state
+        documents = None
+        if mask is not None or restart is not None:
+            self._check_rows(x, mask=mask, restart=restart)
+            everything = torch.ones(x.shape[:2], dtype=torch.bool)
+            real = everything if mask is None else mask.bool()
+            starts = ~everything if restart is None else restart.bool().to(real.device)
+            documents = Documents.of(real, starts, state is not None)
+        if documents is None:
+            output = self.read_write(x, state)
+            return output.y, output.state
+        if state is not None:
+            state.check_batch(x.shape[0])
+        begin = documents.begin(state, self.initial_state(1, x.dtype))
+        output = self.read_write(documents.gather(x), begin, documents.lengths)
+        return documents.scatter(output.y), documents.end(output.state)
 
-    def read_write(self, x: Tensor, state: NeuralMemoryState | None = None) -> MemoryOutput:
-        """As `forward`, and how strongly each token was written."""
+    def read_write(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        lengths: Tensor | None = None,
+        trace: bool = False,
+    ) -> MemoryOutput:
+        """As `forward`, and how strongly each token was written.
+
+        lengths: [B] on the CPU, the real tokens of each row, aligned left (default: all).
+        trace: also report what the memory did, token by token.
+        """
+        state = self._checked(x, state)
+        q, k, v, tail = self._rows(x, state.conv_tail, lengths)
+        gates = self._gates(x, state.dtype)
+        if self.read_only:
+            gates = gates._replace(theta=torch.zeros_like(gates.theta))
+            y = read_neural_memory(q, state.current()[0], self.memory_scale)
+            after = state
+        else:
+            y, after = chunk_neural_memory(
+                q, k, v, *gates, state=state, scale=self.memory_scale, lengths=lengths
+            )
+        report = None
+        if trace:
+            report = trace_neural_memory(
+                k, v, gates, state=state, scale=self.memory_scale, lengths=lengths
+            )
+        strength = gates.theta * (self.chunk_size / self.max_learning_rate)
+        return MemoryOutput(self._out(y, x), replace(after, conv_tail=tail), strength, report)
+
+    def read(
+        self, x: Tensor, weights: Sequence[Tensor], tail: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y = M(q(x)) at given weights, without writing; `tail`: of q's convolution alone.
+
+        x: [B, T, D]. Returns y [B, T, D] and the tail for the next call.
+        """
+        q, tail = self.queries(x, tail, lengths)
+        return self._out(read_neural_memory(q, weights, self.memory_scale), x), tail
+
+    def queries(
+        self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, T, H, K] alone, and the tail of its convolution."""
+        q = self.q_proj(x)
+        taps = None if self.conv is None else self.conv.to(q.dtype)[: q.shape[-1]]
+        q, tail = _conv_silu(q, taps, tail, lengths)
+        return unit_length(q.unflatten(-1, (self.num_heads, self.head_dim))), tail
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        """W_o (silu(x W_g) * norm(y)) of what was read, y [B, T, H, K]."""
+        return self.o_proj(self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x)))
+
+    def _checked(self, x: Tensor, state: NeuralMemoryState | None) -> NeuralMemoryState:
+        """The state, or an empty one; refuses what does not fit."""
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
         if state is None:
-            state = self.initial_state(x.shape[0], x.dtype)
-        else:
-            state.check_batch(x.shape[0])
-            self._check_state(state)
-        q, k, v, tail = self._rows(x, state.conv_tail)
-        gates = self._gates(x, state.dtype)
-        y, state = chunk_neural_memory(q, k, v, *gates, state=state, scale=self.memory_scale)
-        y = self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x))
-        strength = gates.theta * (self.chunk_size / self.max_learning_rate)
-        return MemoryOutput(self.o_proj(y), replace(state, conv_tail=tail), strength)
+            return self.initial_state(x.shape[0], x.dtype)
+        if not isinstance(state, NeuralMemoryState):
+            raise ValueError(
+                f"a neural memory wants a NeuralMemoryState, got {type(state).__name__}: it belongs to "
+                "another layer or model"
+            )
+        state.check_batch(x.shape[0])
+        self._check_state(state)
+        return state
+
+    @staticmethod
+    def _check_rows(x: Tensor, **rows: Tensor | None) -> None:
+        for name, row in rows.items():
+            if row is not None and row.shape != x.shape[:2]:
+                raise ValueError(f"{name} must be [B, T] = {list(x.shape[:2])}, got {list(row.shape)}")
 
     def _check_state(self, state: NeuralMemoryState) -> None:
         """Refuse a state whose memory is not this layer's (the op checks type and device)."""
@@ -182,19 +277,17 @@ class NeuralMemory(nn.Module):
                 f"layer has {self.chunk_size} and {want}: it belongs to another layer or model"
             )
 
-    def _rows(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _rows(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [B, T, H, K] and the convolution's tail."""
         rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        if self.conv is None:
-            rows = [F.silu(each) for each in rows]
-        else:
-            taps = self.conv.to(rows[0].dtype).chunk(3)
-            tails = [None] * 3 if tail is None else tail.chunk(3, -1)
-            pairs = [causal_conv_silu(*each) for each in zip(rows, taps, tails, strict=True)]
-            rows = [each for each, _ in pairs]
-            tail = torch.cat([each for _, each in pairs], -1)
-        q, k, v = (each.unflatten(-1, (self.num_heads, self.head_dim)) for each in rows)
-        return unit_length(q), unit_length(k), v, tail
+        taps = [None] * 3 if self.conv is None else self.conv.to(rows[0].dtype).chunk(3)
+        tails = [None] * 3 if tail is None else tail.chunk(3, -1)
+        pairs = [_conv_silu(*each, lengths) for each in zip(rows, taps, tails, strict=True)]
+        q, k, v = (row.unflatten(-1, (self.num_heads, self.head_dim)) for row, _ in pairs)
+        ends = [end for _, end in pairs if end is not None]
+        return unit_length(q), unit_length(k), v, torch.cat(ends, -1) if ends else None
 
     def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
@@ -211,6 +304,13 @@ class NeuralMemory(nn.Module):
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
         return Gates(theta, log_retain, log_eta)
+
+
+def _conv_silu(
+    x: Tensor, taps: Tensor | None, tail: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """silu(conv(x)) and the tail for the next call; without taps silu(x) alone."""
+    return (F.silu(x), None) if taps is None else causal_conv_silu(x, taps, tail, lengths)
 
 
 def _check_at_least(*sizes: tuple[int, str, int]) -> None:

@@ -1,19 +1,22 @@
 """What a Titans model keeps between calls, as a `transformers` cache."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from everlong.models.titans_blocks import STATES
+from everlong.ops.state import State, load_states, save_states
 
 
 class StateLayer(CacheLayerMixin):
-    """One layer's state: a pytree of tensors, batch first, or None before the first call."""
+    """One layer's state, or None before the first call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: Any = None
+        self.state: State | None = None
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -22,9 +25,6 @@ class StateLayer(CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how a memory is written."""
         raise TypeError("a Titans cache holds states, not keys and values: set `state` instead")
-
-    def _map(self, function: Any) -> None:
-        self.state = pytree.tree_map_only(Tensor, function, self.state)
 
     def get_seq_length(self) -> int:
         """Columns read so far, pads included."""
@@ -48,11 +48,13 @@ class StateLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows with these indices, in this order."""
-        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        if self.state is not None:
+            self.state = self.state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        if self.state is not None:
+            self.state = self.state.repeat(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
         """A memory cannot forget its last tokens."""
@@ -81,10 +83,34 @@ class TitansCache(Cache):
     def batch_size(self) -> int:
         """Rows of the states, or -1 before the first call."""
         state = self.layers[0].state
-        return -1 if state is None else pytree.tree_leaves(state)[0].shape[0]
+        return -1 if state is None else state.batch_size
 
     def detach(self) -> "TitansCache":
         """Cut the history of every state, in place: gradients stop here. Returns itself."""
         for layer in self.layers:
-            layer._map(torch.Tensor.detach)
+            layer.state = None if layer.state is None else layer.state.detach()
         return self
+
+    def to(self, device: torch.device | str) -> "TitansCache":
+        """Move every state to a device, in place. Returns itself."""
+        for layer in self.layers:
+            layer.state = None if layer.state is None else layer.state.to(device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write all states to one safetensors file: the memory apart from the model."""
+        save_states([[layer.seen, layer.state] for layer in self.layers], path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TitansCache":
+        """Read what `save` wrote.
+
+        Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
+        """
+        layers = load_states(path, STATES)
+        if not isinstance(layers, tuple):
+            raise ValueError(f"{path} holds the state of one layer, not the cache of a model")
+        cache = cls(len(layers))
+        for layer, (seen, state) in zip(cache.layers, layers, strict=True):
+            layer.seen, layer.state = seen, state
+        return cache.to(device)

@@ -1,28 +1,32 @@
 """Configuration of the Titans models."""
 
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LayerType = Literal["lmm", "sliding_attention", "full_attention"]
-LAYER_TYPES: tuple[str, ...] = ("lmm", "sliding_attention", "full_attention")
+LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 
 
 @strict
 class TitansConfig(PreTrainedConfig):
     """A decoder whose layers are named one by one in `layer_types`.
 
-    `"lmm"` is the neural memory alone, `"sliding_attention"` and `"full_attention"` are a Llama
-    layer with and without a window. The rest is Llama: RMSNorm, rotary positions, SwiGLU,
-    residuals.
+    `"lmm"` is the neural memory alone; `"mac"` reads it as context of the attention in a segment,
+    `"mag"` lets it gate a sliding window, `"mal"` puts it before one; `"sliding_attention"` and
+    `"full_attention"` are a Llama layer with and without a window. The rest is Llama: RMSNorm, rotary
+    positions, SwiGLU, residuals.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
         num_key_value_heads, head_dim, hidden_act, initializer_range, rms_norm_eps,
         max_position_embeddings, tie_word_embeddings, rope_theta: as in Llama.
         layer_types: a type for each layer; default: all `"lmm"`.
-        sliding_window: tokens a `"sliding_attention"` layer sees, itself included.
+        sliding_window: tokens that a token sees in `"sliding_attention"`, `"mag"` and `"mal"` layers,
+            itself included.
+        segment_length: tokens of a segment in `"mac"` layers; chunk_size divides it.
+        num_persistent_tokens: learned rows at the start of every document, in each layer with a
+            memory; 0 leaves them out.
         num_memory_heads: memories side by side in a layer; default num_attention_heads.
         memory_head_dim: key and value size of a memory; default hidden_size // num_memory_heads.
         memory_depth: layers of the memory network (1 is the linear memory).
@@ -32,6 +36,9 @@ class TitansConfig(PreTrainedConfig):
         memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
         max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
+        memory_read_only: the memory is never written: every token reads it as training left it.
+        backprop_segments: gradients are cut at every so many segments of segment_length tokens, and
+            at the start of a call that goes on from a cache; None: never.
         memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
             this times the mean of theta over all memories, as a share of max_memory_learning_rate /
             chunk_size. A memory that pays for what it writes leaves alone what nobody asks for, and
@@ -52,6 +59,8 @@ class TitansConfig(PreTrainedConfig):
     head_dim: int | None = None
     layer_types: list[str] | None = None
     sliding_window: int = 2048
+    segment_length: int = 512
+    num_persistent_tokens: int = 16
     num_memory_heads: int | None = None
     memory_head_dim: int | None = None
     memory_depth: int = 2
@@ -65,7 +74,9 @@ class TitansConfig(PreTrainedConfig):
     initial_alpha: float = 1e-4
     initial_eta: float = 0.5
     initial_theta: float = 0.5
+    memory_read_only: bool = False
     memory_write_cost: float = 0.0
+    backprop_segments: int | None = None
     hidden_act: str = "silu"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -116,5 +127,17 @@ class TitansConfig(PreTrainedConfig):
             )
         if self.head_dim and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        for name, least in (
+            ("sliding_window", 1),
+            ("segment_length", 1),
+            ("num_persistent_tokens", 0),
+            ("backprop_segments", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if "mac" in (self.layer_types or []) and self.segment_length % self.chunk_size:
+            raise ValueError(
+                f"segment_length ({self.segment_length}) is not a multiple of chunk_size "
+                f"({self.chunk_size}): a segment of mac ends with a chunk"
+            )

@@ -1,5 +1,6 @@
 """Titans as `transformers` models: a Llama decoder whose layers carry a neural memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,85 +11,36 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from everlong.layers import Attention, NeuralMemory, RMSNorm
+from everlong.layers import NeuralMemory, RMSNorm
 from everlong.models.cache import TitansCache
 from everlong.models.configuration_titans import TitansConfig
-
-
-class MemoryMixer(nn.Module):
-    """`"lmm"`: the neural memory alone, y = M(x)."""
-
-    def __init__(self, config: TitansConfig) -> None:
-        super().__init__()
-        assert config.num_memory_heads  # filled in by the config
-        self.memory = NeuralMemory(
-            config.hidden_size,
-            config.num_memory_heads,
-            config.memory_head_dim,
-            config.memory_depth,
-            config.memory_expansion,
-            config.chunk_size,
-            conv_kernel=config.conv_kernel,
-            momentum=config.memory_momentum,
-            decay=config.memory_decay,
-            residual_norm=config.memory_residual_norm,
-            max_learning_rate=config.max_memory_learning_rate,
-            initial_alpha=config.initial_alpha,
-            initial_eta=config.initial_eta,
-            initial_theta=config.initial_theta,
-            norm_eps=config.rms_norm_eps,
-        )
-
-    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        """x: [B, T, D]. Returns the same shape, the memory's state and its mean write strength."""
-        y, state, strength = self.memory.read_write(x, state)
-        return y, state, strength.mean()
-
-
-class AttentionMixer(nn.Module):
-    """`"sliding_attention"` and `"full_attention"`: a Llama layer's attention."""
-
-    def __init__(self, config: TitansConfig, window: int | None) -> None:
-        super().__init__()
-        assert config.num_key_value_heads and config.head_dim  # filled in by the config
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            window,
-            config.rope_theta,
-        )
-
-    def forward(self, x: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any, None]:
-        """x: [B, T, D]. Returns the same shape, the keys and values to go on from, and no writing."""
-        return *self.attention(x, positions, state), None
-
-
-def build_mixer(config: TitansConfig, layer_type: str) -> nn.Module:
-    """The token mixer that a name in `layer_types` stands for."""
-    if layer_type == "lmm":
-        return MemoryMixer(config)
-    return AttentionMixer(config, config.sliding_window if layer_type == "sliding_attention" else None)
+from everlong.models.titans_blocks import BLOCKS, BlockOutput, MemoryBlock, join_pieces
+from everlong.ops import MemoryTrace
+from everlong.ops.documents import Documents
+from everlong.ops.state import State
 
 
 class TitansLayer(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + MLP(norm(x))."""
+    """x + block(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config: TitansConfig, layer_type: str) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = build_mixer(config, layer_type)
+        self.mixer = BLOCKS[layer_type](config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The block's, of one row before its first token."""
+        return self.mixer.initial_state(dtype)
+
     def forward(
-        self, x: Tensor, positions: Tensor, state: Any = None
-    ) -> tuple[Tensor, Any, Tensor | None]:
-        """x: [B, T, D]. Returns the same shape, the mixer's new state and mean write strength."""
-        mixed, state, written = self.mixer(self.input_norm(x), positions, state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state, written
+        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, trace: bool = False
+    ) -> BlockOutput:
+        """x: [B, T, D]. As the block, whose output it gives with its own y."""
+        output = self.mixer(self.input_norm(x), state, lengths, trace)
+        x = x + output.y
+        return output._replace(y=x + self.mlp(self.mlp_norm(x)))
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -108,15 +60,28 @@ class TitansPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (NeuralMemory, RMSNorm)):
+        elif isinstance(module, (NeuralMemory, MemoryBlock, RMSNorm)):
             module.reset_parameters()
 
 
 @dataclass
 class TitansModelOutput(BaseModelOutputWithPast):
-    """As the base class; `written` is the mean of `MemoryOutput.strength` over all memories."""
+    """As the base class, and what the memories did.
+
+    written: [B, T], how strongly each token was written: the mean of `MemoryOutput.strength` over all
+    memories, 0 at pads; None without a memory. memory: with output_memory=True, for each layer a
+    `MemoryTrace`, [B, T, ...] each, or None where it has no memory.
+    """
 
     written: Tensor | None = None
+    memory: tuple[MemoryTrace | None, ...] | None = None
+
+
+@dataclass
+class TitansCausalLMOutput(CausalLMOutputWithPast):
+    """As the base class, with `memory` as in `TitansModelOutput`."""
+
+    memory: tuple[MemoryTrace | None, ...] | None = None
 
 
 class TitansModel(TitansPreTrainedModel):
@@ -138,16 +103,20 @@ class TitansModel(TitansPreTrainedModel):
         past_key_values: TitansCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_memory: bool = False,
         **kwargs: Any,
     ) -> TitansModelOutput:
         """Read tokens; `past_key_values` of one call continues in the next, any number of tokens each.
 
         Args:
             input_ids: [B, T], or inputs_embeds: [B, T, D].
-            attention_mask, position_ids: accepted where they say nothing new (all ones; counting
-                on from the cache): padding and packing are refused.
+            attention_mask: [B, T], or [B, past + T] with the past's columns first; 0 at pads, on
+                either side. Pads are not read: a row is read as it would be alone.
+            position_ids: [B, T]; a 0 at a real token starts a document, whose memory is empty and
+                whose attention sees nothing before it. Positions themselves are counted here.
             past_key_values: the states to go on from; changed in place.
             use_cache: keep states for a next call; default the config's.
+            output_memory: also return what each memory did, token by token (slow).
 
         Raises ValueError for a cache of another model or batch.
         """
@@ -159,23 +128,66 @@ class TitansModel(TitansPreTrainedModel):
             past_key_values = TitansCache(self.config.num_hidden_layers)
         elif past_key_values is not None:
             self._check_cache(past_key_values, x.shape[0])
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-        _refuse_rows_and_documents(attention_mask, position_ids, positions)
-        strengths = []
-        for index, layer in enumerate(self.layers):
-            cached = None if past_key_values is None else past_key_values.layers[index]
-            x, state, written = layer(x, positions, None if cached is None else cached.state)
-            if written is not None:
-                strengths.append(written)
-            if cached is not None:
-                cached.state = state
+        states: list[State | None] = [None] * len(self.layers)
+        if past_key_values is not None:
+            states = [layer.state for layer in past_key_values.layers]
+        documents = _documents(x, attention_mask, position_ids, states[0] is not None)
+        outputs = self._read(x, states, documents, output_memory)
+        if past_key_values is not None:
+            for cached, out in zip(past_key_values.layers, outputs, strict=True):
+                cached.state = out.state
                 cached.seen += x.shape[1]
+        strengths = [out.strength.mean((-1, -2)) for out in outputs if out.strength is not None]
         return TitansModelOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=self.norm(outputs[-1].y),
             past_key_values=past_key_values,
-            written=torch.stack(strengths).mean() if strengths else None,
+            written=torch.stack(strengths).mean(0) if strengths else None,
+            memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
+
+    def _read(
+        self, x: Tensor, states: list[State | None], documents: Documents | None, trace: bool
+    ) -> list[BlockOutput]:
+        """All layers over all tokens, [B, T, ...]: documents in rows of their own, gradients cut
+        where the config wants it. Returns the layers' outputs."""
+        lengths = None
+        if documents is not None:
+            x, lengths = documents.gather(x), documents.lengths
+            states = [
+                None if state is None else documents.begin(state, layer.initial_state(x.dtype))
+                for state, layer in zip(states, self._layers(), strict=True)
+            ]
+        pieces = []
+        for piece, count in self._pieces(x, lengths):
+            if self.config.backprop_segments and torch.is_grad_enabled():
+                states = [None if state is None else state.detach() for state in states]
+            outputs = []
+            for layer, state in zip(self._layers(), states, strict=True):
+                outputs.append(layer(piece, state, count, trace))
+                piece = outputs[-1].y
+            states = [out.state for out in outputs]
+            pieces.append(outputs)
+        whole = [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
+        if documents is None:
+            return whole
+        return [out.map(documents.scatter)._replace(state=documents.end(out.state)) for out in whole]
+
+    def _layers(self) -> Iterator[TitansLayer]:
+        """The layers, for a type checker."""
+        for layer in self.layers:
+            assert isinstance(layer, TitansLayer)
+            yield layer
+
+    def _pieces(self, x: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens, and the rows' lengths, between one cut of the gradients and the next."""
+        segments = self.config.backprop_segments
+        if not segments or not torch.is_grad_enabled():
+            yield x, lengths
+            return
+        size = segments * self.config.segment_length
+        for start in range(0, max(x.shape[1], 1), size):
+            count = None if lengths is None else (lengths - start).clamp(0, size)
+            yield x[:, start : start + size], count
 
     def _check_cache(self, cache: Any, batch: int) -> None:
         """Refuse a cache of another kind, model or batch."""
@@ -196,20 +208,30 @@ class TitansModel(TitansPreTrainedModel):
             )
 
 
-def _refuse_rows_and_documents(
-    attention_mask: Tensor | None, position_ids: Tensor | None, positions: Tensor
-) -> None:
-    """Pads and packed documents would shift the chunks; refuse them rather than read them wrongly."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "attention_mask hides tokens, but padding is not supported yet: give rows of one length "
-            "(and no mask), or one row at a time"
-        )
-    if position_ids is not None and not bool((position_ids == positions).all()):
-        raise ValueError(
-            f"position_ids must count on from {int(positions[0, 0])} in every row: packed documents "
-            "and restarts are not supported yet"
-        )
+def _documents(
+    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, continued: bool
+) -> Documents | None:
+    """The documents in x [B, T, D]; None where each row is one that goes on."""
+    batch, tokens = x.shape[:2]
+    if attention_mask is None and position_ids is None:
+        return None
+    real = torch.ones(batch, tokens, dtype=torch.bool)
+    if attention_mask is not None:
+        shape = list(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < tokens:
+            raise ValueError(
+                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T], 1 at tokens and "
+                f"0 at pads, got {shape}"
+            )
+        real = attention_mask[:, shape[1] - tokens :].bool().cpu()
+    starts = torch.zeros_like(real)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+            raise ValueError(
+                f"position_ids must be [B, T] = {[batch, tokens]}, got {list(position_ids.shape)}"
+            )
+        starts = (position_ids == 0).cpu().expand(batch, -1)
+    return Documents.of(real, starts, continued)
 
 
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
@@ -251,8 +273,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_memory: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> TitansCausalLMOutput:
         """As `TitansModel.forward`, with logits and, where `labels` [B, T] are given, the loss.
 
         In training, `memory_write_cost` of the configuration adds its price to the loss.
@@ -260,7 +283,13 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         many last positions get logits (0: all), or their indices.
         """
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_memory,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -268,8 +297,19 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
             if self.training and self.config.memory_write_cost and outputs.written is not None:
+                real = torch.ones_like(labels) if attention_mask is None else attention_mask
                 # Over accumulated batches the price is shared as the loss itself is.
                 items = kwargs.get("num_items_in_batch")
                 share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
-                loss = loss + self.config.memory_write_cost * outputs.written * share
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+                price = (
+                    self.config.memory_write_cost
+                    * outputs.written.sum()
+                    / real[:, -labels.shape[1] :].sum()
+                )
+                loss = loss + price * share
+        return TitansCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            memory=outputs.memory,
+        )

@@ -2,6 +2,7 @@
 
 from everlong.ops.conv import causal_conv_silu
 from everlong.ops.memory_state import NeuralMemoryState
+from everlong.ops.memory_trace import MemoryTrace, trace_neural_memory
 from everlong.ops.neural_memory import (
     chunk_neural_memory,
     read_neural_memory,
@@ -10,11 +11,13 @@ from everlong.ops.neural_memory import (
 from everlong.ops.norm import unit_length, unit_rms
 
 __all__ = [
+    "MemoryTrace",
     "NeuralMemoryState",
     "causal_conv_silu",
     "chunk_neural_memory",
     "read_neural_memory",
     "recurrent_neural_memory",
+    "trace_neural_memory",
     "unit_length",
     "unit_rms",
 ]

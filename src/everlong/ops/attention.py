@@ -1,49 +1,107 @@
-"""Causal attention over a window, in O(T W) time and memory, and over everything."""
+"""Causal attention over a window, in O(T W) time and memory, and over everything.
+
+Keys and values are those of past tokens, aligned right, and of the new ones: [B, M, S + T, K]. Rows
+may hold fewer than S past tokens. `Prefix` keys are seen by every token.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from everlong.ops.state import PerRow
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of T queries over the last T of S >= T keys and all before them.
+Prefix = tuple[Tensor, Tensor]  # keys and values that every token sees, [B, M, P, K] each
 
-    q: [B, N, T, K]; k, v: [B, M, S, K] with N a multiple of M. Returns [B, N, T, K].
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: PerRow | None = None,
+    prefix: Prefix | None = None,
+    each: int = 1,
+) -> Tensor:
+    """Every token sees itself, all before it and the prefix.
+
+    q: [B, N, T, K]; k, v: [B, M, (S + T) each, K] with N a multiple of M; `each` keys belong to one
+    token. past: past tokens, for each row where rows differ; default S. Returns [B, N, T, K].
     """
-    queries, keys = q.shape[2], k.shape[2]
-    if queries == keys or queries == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    mask = _mask(q, k.shape[2] // each, past, None, plain=each == 1)
+    return _attend(q, k, v, None if mask is None else mask.repeat_interleave(each, -1), prefix)
 
 
-def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention in which token i sees the `window` tokens i - window + 1 ... i.
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    past: PerRow | None = None,
+    prefix: Prefix | None = None,
+) -> Tensor:
+    """Token i sees the `window` tokens i - window + 1 ... i, and the prefix.
 
-    q: [B, N, T, K]; k, v: [B, M, S, K], the last T of them beside the queries and at most
-    window - 1 before those. Returns [B, N, T, K]. Blocks of `window` queries look at two blocks of
-    keys each, so time and memory grow with T * window, on every device.
+    As `full_attention`, in time and memory that grow with T * window: blocks of `window` queries
+    look at two blocks of keys each.
     """
-    batch, _, tokens, _ = q.shape
-    past = k.shape[2] - tokens
-    if past + tokens <= window or tokens == 1:
-        return full_attention(q, k[:, :, -window:], v[:, :, -window:])
-    blocks = -(-tokens // window)
-    after = blocks * window - tokens
-    # Keys start one whole window before the first query, so that block b's are two blocks in a row.
-    k, v = (F.pad(x, (0, 0, window - past, after)) for x in (k, v))
-    q = F.pad(q, (0, 0, 0, after)).unflatten(2, (blocks, window))
-    k, v = (x.unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    tokens = q.shape[2]
+    slots = k.shape[2] - tokens
+    first = min(window, tokens)
+    begin = slice(slots + first)
+    head = q[:, :, :first]
+    mask = _mask(head, slots + first, past, window)
+    y = _attend(head, k[:, :, begin], v[:, :, begin], mask, prefix)
+    if tokens == first:
+        return y
+    blocks = -(-(tokens - first) // window)
+    pad = (0, 0, 0, blocks * window - tokens + first)
+    # From the second block on no query sees a past token: one mask serves them all.
+    q = F.pad(q[:, :, first:], pad).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    k, v = (
+        F.pad(x[:, :, slots:], pad).unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (k, v)
+    )
+    if prefix is not None:
+        prefix = (prefix[0].repeat_interleave(blocks, 0), prefix[1].repeat_interleave(blocks, 0))
     row = torch.arange(window, device=q.device)[:, None]
     column = torch.arange(2 * window, device=q.device)
-    mask = (column > row) & (column <= row + window)
-    mask = mask.expand(blocks, -1, -1).clone()
-    mask[0] &= column >= window - past
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2).flatten(0, 1),
-        k.transpose(1, 2).flatten(0, 1),
-        v.transpose(1, 2).flatten(0, 1),
-        attn_mask=mask.repeat(batch, 1, 1).unsqueeze(1),
-        enable_gqa=True,
-    )
-    return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+    rest = _attend(q, k, v, (column > row) & (column <= row + window), prefix)
+    rest = rest.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([y, rest[:, :, : tokens - first]], 2)
+
+
+def _mask(
+    q: Tensor, keys: int, past: PerRow | None, window: int | None, plain: bool = True
+) -> Tensor | None:
+    """Which of the S + T keys each query sees: [T, S + T] or [B, 1, T, S + T].
+
+    None where one token sees all of them, or (`plain`) the mask is that of causal attention.
+    """
+    tokens = q.shape[2]
+    slots = keys - tokens
+    whole = past is None or (isinstance(past, int) and past == slots)
+    if whole and (window is None or keys <= window) and (tokens == 1 or (plain and not slots)):
+        return None
+    row = torch.arange(slots, keys, device=q.device)[:, None]
+    column = torch.arange(keys, device=q.device)
+    mask = column <= row
+    if window is not None:
+        mask &= column > row - window
+    if whole:
+        return mask
+    held = torch.as_tensor(past).to(q.device).view(-1, 1, 1, 1)
+    return mask & (column >= slots - held)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: Prefix | None) -> Tensor:
+    """Attention under a mask of k, or (mask None) plain causal attention."""
+    if prefix is None and mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+    if prefix is not None:
+        seen = prefix[0].shape[2]
+        if mask is None and q.shape[2] > 1:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)
+        mask = None if mask is None else F.pad(mask, (seen, 0), value=True)
+    if mask is not None and mask.dim() == 2:
+        mask = mask[None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

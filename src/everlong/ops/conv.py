@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def causal_conv_silu(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+def causal_conv_silu(
+    x: Tensor, weight: Tensor, tail: Tensor | None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y_t = silu(sum_j weight[:, j] x_{t-J+1+j}): each channel sees its last J inputs.
 
-    x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros.
+    x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros;
+    lengths: [B], how many of the T inputs are real in each row (default: all).
     Returns y [B, T, N] and the tail for the next call.
     """
     reach = weight.shape[1] - 1
@@ -21,8 +24,12 @@ def causal_conv_silu(x: Tensor, weight: Tensor, tail: Tensor | None) -> tuple[Te
             "belongs to another layer or batch"
         )
     tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
-    last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
-    return _ConvSilu.apply(x, weight, tail), last[:, last.shape[1] - reach :]
+    y = _ConvSilu.apply(x, weight, tail)
+    if lengths is None:
+        last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
+        return y, last[:, last.shape[1] - reach :]
+    index = (lengths[:, None] + torch.arange(reach)).to(x.device)
+    return y, torch.cat([tail, x], 1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 class _ConvSilu(torch.autograd.Function):

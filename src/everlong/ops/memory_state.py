@@ -1,24 +1,18 @@
 """The state of a neural memory between calls."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.decay import Gates, chunk_coefficients
-
-FORMAT = "everlong.neural_memory.1"
+from everlong.ops.state import PerRow, State, choose, choose_number, per_row
 
 
 @dataclass(frozen=True)
-class NeuralMemoryState:
+class NeuralMemoryState(State):
     """Everything a neural memory needs to go on reading where it stopped.
 
     Weights and momentum stand as they were at the start of the open chunk; the open chunk's tokens
@@ -27,7 +21,7 @@ class NeuralMemoryState:
 
     Shapes: `weights`, `momentum` per layer [B, H, in, out]; `inputs` per layer [B, H, C, in];
     `errors` per layer [B, H, C, out]; gates [B, H, L, C]; `conv_tail` [B, J-1, N] or None;
-    `position` [B], integers on the CPU, so that no step waits for a device to learn its phase.
+    `position`: an integer, or [B] on the CPU where rows differ.
     `momentum` and `log_eta` are None without momentum, `log_retain` without forgetting.
     """
 
@@ -39,7 +33,7 @@ class NeuralMemoryState:
     log_retain: Tensor | None
     log_eta: Tensor | None
     conv_tail: Tensor | None
-    position: Tensor
+    position: PerRow
 
     @classmethod
     def initial(
@@ -76,21 +70,13 @@ class NeuralMemoryState:
             log_retain=zeros(*gates) if decay else None,
             log_eta=zeros(*gates) if momentum else None,
             conv_tail=None,
-            position=torch.zeros(batch, dtype=torch.long),
+            position=0,
         )
 
     @property
     def batch_size(self) -> int:
         """Number of rows, B."""
         return self.weights[0].shape[0]
-
-    def check_batch(self, batch: int) -> None:
-        """Raise ValueError when the state is not for so many rows."""
-        if self.batch_size != batch:
-            raise ValueError(
-                f"state was built for batch {self.batch_size} but the input has batch {batch}: take "
-                "rows with state.select(rows), or pass state=None to start from an empty memory"
-            )
 
     @property
     def gates(self) -> Gates:
@@ -112,10 +98,18 @@ class NeuralMemoryState:
         """Where the weights are (`position` is always on the CPU)."""
         return self.weights[0].device
 
+    @property
+    def positions(self) -> Tensor:
+        """`position` row by row, [B] on the CPU."""
+        return per_row(self.position, self.batch_size)
+
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         """M_t and S_t after the last token read, the open chunk's tokens included."""
-        last = (self.position.to(self.device) - 1).clamp(min=0)
-        empty = (self.position == 0).to(self.device).view(-1, 1, 1, 1)
+        if isinstance(self.position, int) and not self.position:
+            return self.weights, self.momentum
+        positions = self.positions.to(self.device)
+        last = (positions - 1).clamp(min=0)
+        empty = (positions == 0).view(-1, 1, 1, 1)
         # Unfilled slots hold zeros: theta = 0 writes nothing, but S would be added on and on, so M
         # is read at the row of the last real token instead of the chunk's last row.
         coefficients = chunk_coefficients(self.gates)
@@ -147,87 +141,64 @@ class NeuralMemoryState:
             )
         return tuple(weights), tuple(momentum)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "NeuralMemoryState":
-        """The state with `function` applied to every tensor, `position` included."""
+    def insert(
+        self,
+        inputs: Sequence[Tensor],
+        errors: Sequence[Tensor],
+        gates: Gates,
+        start: int | Tensor,
+        count: int | Tensor,
+    ) -> "NeuralMemoryState":
+        """The state with new rows in slots start ... start + count - 1 of the open chunk, which is
+        not closed here. `start` and `count` are integers, or [B] where rows differ."""
 
-        def apply(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(function(item) for item in value)
-            return None if value is None else function(value)
+        def put(buffer: Tensor, new: Tensor, dim: int) -> Tensor:
+            length, size = new.shape[dim], buffer.shape[dim]
+            if isinstance(start, int):
+                before, after = buffer.narrow(dim, 0, start), size - start - length
+                return torch.cat([before, new, buffer.narrow(dim, size - after, after)], dim)
+            source = torch.arange(size) - start[:, None]
+            fresh = (source >= 0) & (source < torch.as_tensor(count)[:, None])
+            shape = [-1 if i == dim else 1 for i in range(buffer.dim())]
+            shape[0] = buffer.shape[0]
+            source = source.clamp(0, length - 1).to(buffer.device).view(shape).expand_as(buffer)
+            return torch.where(fresh.to(buffer.device).view(shape), new.gather(dim, source), buffer)
 
-        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        def put_gate(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
+            return None if buffer is None or new is None else put(buffer, new, 3)
 
-    def select(self, rows: Tensor | Sequence[int]) -> "NeuralMemoryState":
-        """The rows with these indices, in this order (repeats allowed)."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        if index.numel() and not -self.batch_size <= index.min() <= index.max() < self.batch_size:
-            raise ValueError(
-                f"rows must lie in 0 ... {self.batch_size - 1} for a state of batch "
-                f"{self.batch_size}, got {index.tolist()}"
-            )
-        index = index % self.batch_size
-        return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        return replace(
+            self,
+            inputs=tuple(put(b, n, 2) for b, n in zip(self.inputs, inputs, strict=True)),
+            errors=tuple(put(b, n, 2) for b, n in zip(self.errors, errors, strict=True)),
+            theta=put(self.theta, gates.theta, 3),
+            log_retain=put_gate(self.log_retain, gates.log_retain),
+            log_eta=put_gate(self.log_eta, gates.log_eta),
+            position=self.position + count,
+        )
 
-    def repeat(self, n: int) -> "NeuralMemoryState":
-        """Each row n times in a row (as beams want them): a b -> a a b b."""
-        return self.map(lambda tensor: tensor.repeat_interleave(n, 0))
+    def reopen(
+        self, weights: Sequence[Tensor], momentum: Sequence[Tensor] | None
+    ) -> "NeuralMemoryState":
+        """An empty open chunk on top of new weights and momentum."""
+        fresh = NeuralMemoryState.initial(
+            weights,
+            self.chunk_size,
+            momentum=False if momentum is None else momentum,
+            decay=self.log_retain is not None,
+        )
+        return replace(fresh, conv_tail=self.conv_tail)
 
-    def detach(self) -> "NeuralMemoryState":
-        """The same values without their history: gradients stop here."""
-        return self.map(Tensor.detach)
+    def close(self) -> "NeuralMemoryState":
+        """The open chunk ends here, however full: the next token is the first of a new one."""
+        return self.reopen(*self.current())
 
-    def to(self, device: torch.device | str) -> "NeuralMemoryState":
-        """The state on another device (`position` stays on the CPU)."""
-        return replace(self.map(lambda tensor: tensor.to(device)), position=self.position)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: `weights.0`, ..., `position`."""
-        named: dict[str, Tensor] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple):
-                named |= {f"{field.name}.{i}": item for i, item in enumerate(value)}
-            elif value is not None:
-                named[field.name] = value
-        return named
-
-    def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file."""
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.tensors().items()}
-        save_file(tensors, path, metadata={"format": FORMAT, "layers": json.dumps(len(self.weights))})
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "NeuralMemoryState":
-        """Read a state written by `save`.
-
-        Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no memory state at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({error}): it is damaged, cut short or "
-                "something else; save the state again with state.save(path)"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} holds no neural memory state of format {FORMAT!r} (its metadata: {metadata})"
-            )
-        return cls.from_tensors(named, json.loads(metadata["layers"])).to(device)
-
-    @classmethod
-    def from_tensors(cls, named: dict[str, Tensor], layers: int) -> "NeuralMemoryState":
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            if f"{field.name}.0" in named:
-                values[field.name] = tuple(named[f"{field.name}.{i}"] for i in range(layers))
-            else:
-                values[field.name] = named.get(field.name)
-        return cls(**values)
+    def restart(self, fresh: Tensor, initial: "NeuralMemoryState") -> "NeuralMemoryState":
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
+        names = [field.name for field in fields(self) if field.name != "position"]
+        chosen = {n: choose(fresh, getattr(initial, n), getattr(self, n)) for n in names}
+        position = choose_number(fresh, initial.position, self.position)
+        return NeuralMemoryState(**chosen, position=position)
 
 
 register_dataclass(NeuralMemoryState)

@@ -27,6 +27,7 @@ from everlong.ops.chunk_scan import (
 from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
 from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
+from everlong.ops.state import agreed, per_row
 
 
 def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
@@ -58,9 +59,9 @@ def recurrent_neural_memory(
     gates = Gates(theta, log_retain, log_eta)
     _check(q, k, v, gates, state, scale, None)
     scale = None if scale is None else scale.to(state.dtype)
-    position = int(state.position[0]) if state.batch_size else 0
-    if bool((state.position != position).any()):
-        raise ValueError(f"the reference wants equal positions, got {state.position.tolist()}")
+    position = agreed(state.position)
+    if isinstance(position, Tensor):
+        raise ValueError(f"the reference wants equal positions, got {position.tolist()}")
     weights: Sequence[Tensor] = state.weights
     momentum: Sequence[Tensor] | None = state.momentum
     for i in range(position):
@@ -77,10 +78,10 @@ def recurrent_neural_memory(
         weights, momentum = _write_token(weights, momentum, surprise, token)
         outputs.append(read_neural_memory(q[:, t : t + 1], weights, scale))
         token = token.map(lambda gate: gate.unsqueeze(-1))
-        state = _insert(state, inputs, errors, token, position, 1)
+        state = state.insert(inputs, errors, token, position, 1)
         position += 1
         if position == state.chunk_size:
-            state, position = _reopen(state, weights, momentum), 0
+            state, position = state.reopen(weights, momentum), 0
     return torch.cat(outputs, 1) if outputs else torch.zeros_like(q), state
 
 
@@ -152,11 +153,11 @@ def chunk_neural_memory(
         return torch.zeros_like(q), state
     # The state's type is the type of everything here, under autocast too.
     with torch.autocast(q.device.type, enabled=False):
-        if lengths is None and bool((state.position == state.position[:1]).all()):
-            y, state = _aligned(rows, gates, tokens, state, scale)
+        count, position = agreed(tokens if lengths is None else lengths), agreed(state.position)
+        if isinstance(count, int) and count == tokens and isinstance(position, int):
+            y, state = _aligned(rows, gates, tokens, replace(state, position=position), scale)
         else:
-            counts = torch.full_like(state.position, tokens) if lengths is None else lengths
-            y, state = _ragged(rows, gates, counts, state, scale)
+            y, state = _ragged(rows, gates, per_row(count, q.shape[0]), state, scale)
     return y.transpose(1, 2).to(q.dtype), state
 
 
@@ -168,7 +169,8 @@ def _aligned(
     rows: Rows, gates: Gates, tokens: int, state: NeuralMemoryState, scale: Tensor | None
 ) -> tuple[Tensor, NeuralMemoryState]:
     """All rows at one position: finish the open chunk, scan whole chunks, open the last one."""
-    size, position = state.chunk_size, int(state.position[0]) if state.batch_size else 0
+    size, position = state.chunk_size, state.position
+    assert isinstance(position, int)
     head = min(size - position, tokens) if position else 0
     whole = (tokens - head) // size * size
     outputs = []
@@ -197,27 +199,100 @@ def _aligned(
 def _ragged(
     rows: Rows, gates: Gates, counts: Tensor, state: NeuralMemoryState, scale: Tensor | None
 ) -> tuple[Tensor, NeuralMemoryState]:
-    """Rows at positions or of lengths of their own: one chunk at a time, each row its own tokens."""
-    size, device = state.chunk_size, rows[0].device
-    offset = torch.zeros_like(counts)
+    """As `_aligned`, with rows at positions or of lengths of their own."""
+    size, start = state.chunk_size, state.positions
+    head = torch.where(start > 0, torch.minimum(size - start, counts), 0)
+    whole = (counts - head) // size * size
     y = torch.zeros_like(rows[0])
-    while bool((offset < counts).any()):
-        start = state.position
-        count = torch.minimum(size - start, counts - offset)
-        length = int(count.max())
-        token = (offset[:, None] + torch.arange(length)).clamp(max=rows[0].shape[2] - 1)
-        index = token.to(device)[:, None, :, None]
-        real = (torch.arange(length) < count[:, None]).to(device)[:, None, :, None]
-        columns = index.mT.expand(-1, *gates.theta.shape[1:3], -1)
-        # What pads hold may be anything, NaN too: zeros take its place before any arithmetic.
-        piece = tuple(
-            x.gather(2, index.expand(-1, *x.shape[1:2], -1, x.shape[3])).where(real, 0.0) for x in rows
+    if bool(head.any()):
+        piece = _Piece(rows, gates, torch.zeros_like(head), head)
+        out, state = _extend(*piece.tensors(), state, start, head, scale)
+        y = piece.put(y, out)
+    if bool(whole.any()):
+        y, state = _scan_ragged(rows, gates, y, head, whole // size, state, scale)
+    rest = counts - head - whole
+    if bool(rest.any()):
+        piece = _Piece(rows, gates, head + whole, rest)
+        out, state = _extend(*piece.tensors(), state, state.positions, rest, scale)
+        y = piece.put(y, out)
+    return y, replace(state, position=agreed(state.position))
+
+
+def _scan_ragged(
+    rows: Rows,
+    gates: Gates,
+    y: Tensor,
+    first: Tensor,
+    chunks: Tensor,
+    state: NeuralMemoryState,
+    scale: Tensor | None,
+) -> tuple[Tensor, NeuralMemoryState]:
+    """Whole chunks, `chunks` [B] of them from token `first` [B] on: no row waits or is padded.
+
+    The row with most chunks stands first; one whose chunks are all read leaves at the end.
+    """
+    order = chunks.argsort(descending=True, stable=True)
+    place, layers = order.to(y.device), len(state.weights)
+    memory = [x.index_select(0, place) for x in (*state.weights, *(state.momentum or ()))]
+    through: list[list[Tensor]] = []
+    at = 0
+    for count in [n for n in sorted(set(chunks.tolist())) if n]:
+        active = order[: int((chunks >= count).sum())]
+        through.insert(0, [x[len(active) :] for x in memory])
+        memory = [x[: len(active)] for x in memory]
+        tokens = torch.full_like(active, (count - at) * state.chunk_size)
+        piece = _Piece(rows, gates, first[active] + at * state.chunk_size, tokens, active)
+        out, weights, momentum = scan_chunks(
+            *piece.tensors(), memory[:layers], memory[layers:] or None, state.chunk_size, scale
         )
-        piece_gates = gates.map(lambda gate: gate.gather(3, columns).where(real.mT, 0.0))  # noqa: B023
-        out, state = _extend(piece, piece_gates, state, start, count, scale)
-        y = y.scatter_add(2, index.expand_as(out), out.where(real, 0.0))
-        offset = offset + count
-    return y, state
+        y, memory, at = piece.put(y, out), [*weights, *(momentum or ())], count
+    back = order.argsort().to(y.device)
+    final = [torch.cat(parts).index_select(0, back) for parts in zip(memory, *through, strict=True)]
+    momentum = None if state.momentum is None else tuple(final[layers:])
+    return y, replace(state, weights=tuple(final[:layers]), momentum=momentum)
+
+
+class _Piece:
+    """Tokens start[i] ... start[i] + count[i] - 1 of row rows[i] (default: all rows), aligned left."""
+
+    def __init__(
+        self, rows: Rows, gates: Gates, start: Tensor, count: Tensor, which: Tensor | None = None
+    ) -> None:
+        device, length = rows[0].device, int(count.max())
+        self.which = None if which is None else which.to(device)
+        token = (start[:, None] + torch.arange(length)).clamp(max=rows[0].shape[2] - 1)
+        self.index = token.to(device)[:, None, :, None]
+        self.real = (torch.arange(length) < count[:, None]).to(device)[:, None, :, None]
+        self.rows, self.gates = rows, gates
+
+    def tensors(self) -> tuple[Rows, Gates]:
+        """The piece's rows and gates; zeros behind the last token of a row.
+
+        What pads hold may be anything, NaN too: zeros take its place before any arithmetic.
+        """
+        columns = self.index.mT.expand(-1, *self.gates.theta.shape[1:3], -1)
+        return (
+            tuple(
+                self._of(x).gather(2, self._like(x, x.shape[3])).where(self.real, 0.0)
+                for x in self.rows
+            ),
+            self.gates.map(lambda gate: self._of(gate).gather(3, columns).where(self.real.mT, 0.0)),
+        )
+
+    def put(self, y: Tensor, out: Tensor) -> Tensor:
+        """y with the piece's outputs at their tokens (those were zeros)."""
+        out = out.where(self.real, 0.0)
+        index = self._like(y, out.shape[3])
+        if self.which is None:
+            return y.scatter_add(2, index, out)
+        spread = torch.zeros(len(out), *y.shape[1:], dtype=y.dtype, device=y.device)
+        return y.index_add(0, self.which, spread.scatter_add(2, index, out))
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x if self.which is None else x.index_select(0, self.which)
+
+    def _like(self, x: Tensor, width: int) -> Tensor:
+        return self.index.expand(-1, x.shape[1], -1, width)
 
 
 def _extend(
@@ -245,55 +320,19 @@ def _extend(
     weights = flat(state.weights)
     momentum = None if state.momentum is None else flat(state.momentum)
     inner = InnerGradient(k, v, weights, scale)
-    state = _insert(state, unflat(inner.inputs), unflat(inner.errors), gates, start, count)
+    state = state.insert(unflat(inner.inputs), unflat(inner.errors), gates, start, count)
     chunk = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
     read = _slot_rows(chunk, start, q.shape[1])
     coefficients = layer_coefficients(*(c.map(lambda x: x.flatten(1, 2)) for c in (chunk, read)))
     inputs, errors = flat(state.inputs), flat(state.errors)
     reads = read_layers(q, weights, momentum, inputs, errors, coefficients)
     y = memory_output(q, reads[-1].out, scale).unflatten(0, memories)
-    full = state.position == state.chunk_size
+    full = torch.as_tensor(state.position == state.chunk_size)
     if bool(full.any()):
         weights, momentum = carry_chunk(weights, momentum, inputs, errors, coefficients)
-        closed = _reopen(state, unflat(weights), None if momentum is None else unflat(momentum))
-        state = closed if bool(full.all()) else _choose(full, closed, state)
+        closed = state.reopen(unflat(weights), None if momentum is None else unflat(momentum))
+        state = closed if bool(full.all()) else state.restart(full, closed)
     return y, state
-
-
-def _insert(
-    state: NeuralMemoryState,
-    inputs: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    gates: Gates,
-    start: int | Tensor,
-    count: int | Tensor,
-) -> NeuralMemoryState:
-    """The state with new rows in the slots of the open chunk, which is not closed here."""
-
-    def put(buffer: Tensor, new: Tensor, dim: int) -> Tensor:
-        length, size = new.shape[dim], buffer.shape[dim]
-        if isinstance(start, int):
-            before, after = buffer.narrow(dim, 0, start), size - start - length
-            return torch.cat([before, new, buffer.narrow(dim, size - after, after)], dim)
-        source = torch.arange(size) - start[:, None]
-        fresh = (source >= 0) & (source < torch.as_tensor(count)[:, None])
-        shape = [-1 if i == dim else 1 for i in range(buffer.dim())]
-        shape[0] = buffer.shape[0]
-        source = source.clamp(0, length - 1).to(buffer.device).view(shape).expand_as(buffer)
-        return torch.where(fresh.to(buffer.device).view(shape), new.gather(dim, source), buffer)
-
-    def put_gate(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
-        return None if buffer is None or new is None else put(buffer, new, 3)
-
-    return replace(
-        state,
-        inputs=tuple(put(b, n, 2) for b, n in zip(state.inputs, inputs, strict=True)),
-        errors=tuple(put(b, n, 2) for b, n in zip(state.errors, errors, strict=True)),
-        theta=put(state.theta, gates.theta, 3),
-        log_retain=put_gate(state.log_retain, gates.log_retain),
-        log_eta=put_gate(state.log_eta, gates.log_eta),
-        position=state.position + count,
-    )
 
 
 def _slot_rows(coefficients: ChunkCoefficients, start: int | Tensor, length: int) -> ChunkCoefficients:
@@ -319,32 +358,6 @@ def _slot_rows(coefficients: ChunkCoefficients, start: int | Tensor, length: int
         memory_carry=rows(coefficients.memory_carry, -1),
         momentum_carry=None if carry is None else rows(carry, -1),
         write=rows(coefficients.write, -2),
-    )
-
-
-def _reopen(
-    state: NeuralMemoryState, weights: Sequence[Tensor], momentum: Sequence[Tensor] | None
-) -> NeuralMemoryState:
-    """An empty open chunk on top of new weights and momentum."""
-    fresh = NeuralMemoryState.initial(
-        weights,
-        state.chunk_size,
-        momentum=False if momentum is None else momentum,
-        decay=state.log_retain is not None,
-    )
-    return replace(fresh, conv_tail=state.conv_tail)
-
-
-def _choose(rows: Tensor, left: NeuralMemoryState, right: NeuralMemoryState) -> NeuralMemoryState:
-    """`left` where `rows` [B] holds, `right` elsewhere."""
-    others = right.tensors()
-
-    def pick(name: str, tensor: Tensor) -> Tensor:
-        mask = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
-        return torch.where(mask, tensor, others[name])
-
-    return NeuralMemoryState.from_tensors(
-        {name: pick(name, tensor) for name, tensor in left.tensors().items()}, len(left.weights)
     )
 
 

@@ -1,0 +1,353 @@
+"""The token mixers of Titans, one class each (v1 section 4), and the attention they compare with.
+
+A block reads x [B, T, D] from where its state stopped: any number of tokens, in rows of their own
+lengths. P persistent rows, learned, stand at the start of every document: the memory absorbs them
+as a piece of its own before the first token, and attention always sees them. With both sides of a
+gate normed, y * sigmoid(m) is written y (x) m.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
+
+from everlong.layers import Attention, AttentionState, NeuralMemory, RMSNorm, SegmentAttention
+from everlong.models.configuration_titans import TitansConfig
+from everlong.ops import MemoryTrace, NeuralMemoryState
+from everlong.ops.documents import put_tokens, take_tokens
+from everlong.ops.state import State, choose, per_row
+
+
+class BlockOutput(NamedTuple):
+    """y [B, T, D], the state to go on from, how strongly each token was written ([B, T, H, L], None
+    without a memory), and what the memory did, where that was asked."""
+
+    y: Tensor
+    state: Any
+    strength: Tensor | None = None
+    trace: MemoryTrace | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
+        """With `function` applied to all that is [B, T, ...]."""
+        return join_pieces([self], lambda parts: function(parts[0]))
+
+
+def join_pieces(
+    outputs: list[BlockOutput], join: Callable[[list[Tensor]], Tensor] | None = None
+) -> BlockOutput:
+    """One output from those of pieces in a row; `join` puts a tensor's pieces together (one behind
+    the other if None)."""
+    if join is None:
+        if len(outputs) == 1:
+            return outputs[0]
+        join = lambda parts: torch.cat(parts, 1)  # noqa: E731
+    last = outputs[-1]
+    strength = trace = None
+    if last.strength is not None:
+        strength = join([out.strength for out in outputs if out.strength is not None])
+    if last.trace is not None:
+        fields = zip(*(out.trace for out in outputs if out.trace is not None), strict=True)
+        trace = MemoryTrace(*(join(list(parts)) for parts in fields))
+    return BlockOutput(join([out.y for out in outputs]), last.state, strength, trace)
+
+
+@dataclass(frozen=True)
+class MemoryAndAttentionState(State):
+    """A memory and an attention side by side (MAG, MAL)."""
+
+    memory: NeuralMemoryState
+    attention: AttentionState
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return self.memory.batch_size
+
+    def restart(self, fresh: Tensor, initial: "MemoryAndAttentionState") -> "MemoryAndAttentionState":
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
+        return MemoryAndAttentionState(
+            self.memory.restart(fresh, initial.memory),
+            self.attention.restart(fresh, initial.attention),
+        )
+
+
+@dataclass(frozen=True)
+class MACState(State):
+    """memory and attention of the open segment; `weights` [B, H, in, out] per layer: the memory at
+    the segment's start, which its tokens read; `read_tail`: of the convolution before that read."""
+
+    memory: NeuralMemoryState
+    attention: AttentionState
+    weights: tuple[Tensor, ...]
+    read_tail: Tensor | None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return self.memory.batch_size
+
+    def restart(self, fresh: Tensor, initial: "MACState") -> "MACState":
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
+        return MACState(
+            self.memory.restart(fresh, initial.memory),
+            self.attention.restart(fresh, initial.attention),
+            choose(fresh, initial.weights, self.weights),
+            choose(fresh, initial.read_tail, self.read_tail),
+        )
+
+
+register_dataclass(MemoryAndAttentionState)
+register_dataclass(MACState)
+STATES: dict[str, type[State]] = {
+    kind.__name__: kind
+    for kind in (NeuralMemoryState, AttentionState, MemoryAndAttentionState, MACState)
+}
+
+
+class Block(nn.Module):
+    """Base of the blocks; a block is built from a `TitansConfig`."""
+
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The state of one row before its first token, the persistent rows read."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, trace: bool = False
+    ) -> BlockOutput:
+        """x: [B, T, D]; state: where an earlier call stopped (None: a document's start); lengths: [B]
+        on the CPU, the real tokens of each row, aligned left (default: all)."""
+        if state is None:
+            state = self.initial_state(x.dtype).expand(x.shape[0])
+        return self.mix(x, state, lengths, trace)
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """As `forward`, from a state."""
+        raise NotImplementedError
+
+
+class AttentionBlock(Block):
+    """`"sliding_attention"` and `"full_attention"`: a Llama layer's attention."""
+
+    def __init__(self, config: TitansConfig, window: int | None) -> None:
+        super().__init__()
+        self.attention = Attention(*_attention_sizes(config), window, config.rope_theta)
+
+    def initial_state(self, dtype: torch.dtype) -> AttentionState:
+        """No keys."""
+        return self.attention.initial_state()
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """y = Attn(x)."""
+        return BlockOutput(*self.attention(x, state, lengths))
+
+
+class MemoryBlock(Block):
+    """`"lmm"`, and base of the blocks with a memory: y = M(x)."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        assert config.num_memory_heads  # filled in by the config
+        self.memory = NeuralMemory(
+            config.hidden_size,
+            config.num_memory_heads,
+            config.memory_head_dim,
+            config.memory_depth,
+            config.memory_expansion,
+            config.chunk_size,
+            conv_kernel=config.conv_kernel,
+            momentum=config.memory_momentum,
+            decay=config.memory_decay,
+            residual_norm=config.memory_residual_norm,
+            max_learning_rate=config.max_memory_learning_rate,
+            initial_alpha=config.initial_alpha,
+            initial_eta=config.initial_eta,
+            initial_theta=config.initial_theta,
+            norm_eps=config.rms_norm_eps,
+        )
+        self.memory.read_only = config.memory_read_only
+        rows = config.num_persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(rows, config.hidden_size)) if rows else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial persistent rows, as large as the normed rows they stand before."""
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)
+
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The memory after the persistent rows."""
+        return self._absorb(self._prefix(dtype), dtype)[1]
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """y = M(x)."""
+        return BlockOutput(*self.memory.read_write(x, state, lengths, trace))
+
+    def _prefix(self, dtype: torch.dtype) -> Tensor | None:
+        """The persistent rows, [1, P, D]."""
+        return None if self.persistent is None else self.persistent.to(dtype).unsqueeze(0)
+
+    def _absorb(
+        self, rows: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, NeuralMemoryState]:
+        """What an empty memory answers to rows [1, P, D], and its state after them, in a new chunk."""
+        state = self.memory.initial_state(1, dtype)
+        if rows is None:
+            return None, state
+        output = self.memory.read_write(rows, state)
+        return output.y, output.state.close()
+
+
+class MAG(MemoryBlock):
+    """`"mag"`, memory as a gate: y = SWA(x) (x) M(x) (v1 eqs. 26-28)."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.attention = _sliding(config)
+        self.attention_norm, self.memory_norm = _norm(config), _norm(config)
+
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The memory after the persistent rows, and these in every token's sight."""
+        prefix = self._prefix(dtype)
+        return MemoryAndAttentionState(
+            self._absorb(prefix, dtype)[1], self.attention.initial_state(prefix)
+        )
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """See the class."""
+        seen, attention = self.attention(x, state.attention, lengths)
+        out = self.memory.read_write(x, state.memory, lengths, trace)
+        y = self.attention_norm(seen) * torch.sigmoid(self.memory_norm(out.y))
+        state = MemoryAndAttentionState(out.state, attention)
+        return BlockOutput(y, state, out.strength, out.trace)
+
+
+class MAL(MemoryBlock):
+    """`"mal"`, memory as a layer: y = SWA(norm(M(x))) (v1 eqs. 29-31)."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.memory_norm = _norm(config)
+        self.attention = _sliding(config)
+
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The memory after the persistent rows, and its answers to them in every token's sight."""
+        y, memory = self._absorb(self._prefix(dtype), dtype)
+        prefix = None if y is None else self.memory_norm(y)
+        return MemoryAndAttentionState(memory, self.attention.initial_state(prefix))
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """See the class."""
+        out = self.memory.read_write(x, state.memory, lengths, trace)
+        y, attention = self.attention(self.memory_norm(out.y), state.attention, lengths)
+        state = MemoryAndAttentionState(out.state, attention)
+        return BlockOutput(y, state, out.strength, out.trace)
+
+
+class MAC(MemoryBlock):
+    """`"mac"`, memory as context (v1 eqs. 21-25). Segment by segment, with M as the last one left it:
+
+    h = M(x)                    read, nothing written
+    y = norm(Attn([P, h, x]))   token i sees P, and h_j, x_j of its segment for j <= i
+    o = y (x) M(y)              M absorbs y, token by token
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.attention = SegmentAttention(
+            *_attention_sizes(config), config.segment_length, config.rope_theta
+        )
+        self.attention_norm, self.memory_norm = _norm(config), _norm(config)
+
+    def initial_state(self, dtype: torch.dtype) -> State:
+        """The memory after the attention's outputs of the persistent rows over themselves."""
+        prefix = self._prefix(dtype)
+        rows = None if prefix is None else self.attention_norm(self.attention.over_prefix(prefix))
+        memory = self._absorb(rows, dtype)[1]
+        tail = memory.conv_tail
+        if tail is not None:  # of q alone: zeros, or the persistent rows' last
+            tail = tail.chunk(3, -1)[0] if prefix is None else self.memory.queries(prefix)[1]
+        return MACState(memory, self.attention.initial_state(prefix), memory.weights, tail)
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
+        """See the class."""
+        position = state.attention.position
+        if lengths is not None or not isinstance(position, int):
+            counts = per_row(x.shape[1] if lengths is None else lengths, x.shape[0])
+            return self._mix_ragged(x, state, counts, trace)
+        outputs: list[BlockOutput] = []
+        first = self.attention.segment - position
+        for piece in (x[:, :first], *x[:, first:].split(self.attention.segment, 1)):
+            if piece.shape[1] or not outputs:
+                outputs.append(self._read_segment(piece, state, None, trace))
+                state = outputs[-1].state
+        return join_pieces(outputs)
+
+    def _mix_ragged(self, x: Tensor, state: Any, counts: Tensor, trace: bool) -> BlockOutput:
+        """As `mix`, with rows at positions or of lengths of their own."""
+        offset = torch.zeros_like(counts)
+        outputs: list[BlockOutput] = []
+        places: list[tuple[Tensor, Tensor]] = []
+        while not outputs or bool((offset < counts).any()):
+            left = self.attention.segment - per_row(state.attention.position, x.shape[0])
+            count = torch.minimum(left, counts - offset)
+            piece = take_tokens(x, offset, count)
+            outputs.append(self._read_segment(piece, state, count, trace))
+            places.append((offset, count))
+            state, offset = outputs[-1].state, offset + count
+
+        def join(parts: list[Tensor]) -> Tensor:
+            whole = parts[0].new_zeros(*x.shape[:2], *parts[0].shape[2:])
+            for part, place in zip(parts, places, strict=True):
+                whole = put_tokens(whole, part, *place)
+            return whole
+
+        return join_pieces(outputs, join)
+
+    def _read_segment(
+        self, x: Tensor, state: MACState, lengths: Tensor | None, trace: bool
+    ) -> BlockOutput:
+        """Tokens of the open segment, no more than it has left."""
+        h, read_tail = self.memory.read(x, state.weights, state.read_tail, lengths)
+        seen, attention = self.attention.attend(x, h, state.attention, lengths)
+        y = self.attention_norm(seen)
+        out = self.memory.read_write(y, state.memory, lengths, trace)
+        y = y * torch.sigmoid(self.memory_norm(out.y))
+        # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
+        ended, weights = attention.position == 0, state.weights
+        if isinstance(ended, Tensor):
+            weights = choose(ended, out.state.weights, weights)
+        elif ended:
+            weights = out.state.weights
+        state = MACState(out.state, attention, weights, read_tail)
+        return BlockOutput(y, state, out.strength, out.trace)
+
+
+def _attention_sizes(config: TitansConfig) -> tuple[int, int, int, int]:
+    assert config.num_key_value_heads and config.head_dim  # filled in by the config
+    return (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+
+
+def _sliding(config: TitansConfig) -> Attention:
+    return Attention(*_attention_sizes(config), config.sliding_window, config.rope_theta)
+
+
+def _norm(config: TitansConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+BLOCKS: dict[str, Callable[[TitansConfig], Block]] = {
+    "lmm": MemoryBlock,
+    "mac": MAC,
+    "mag": MAG,
+    "mal": MAL,
+    "sliding_attention": lambda config: AttentionBlock(config, config.sliding_window),
+    "full_attention": lambda config: AttentionBlock(config, None),
+}

@@ -1,0 +1,116 @@
+"""Which tokens of a batch are real and which document each belongs to.
+
+A memory's chunks, a segment and a convolution count the real tokens of one document. So a batch with
+pads, or with several documents in a row, is read as one row for each document, without pads, and
+what was read goes back to where it came from.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from everlong.ops.state import State
+
+Own = TypeVar("Own", bound=State)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N documents in B rows of T tokens, in the order of their rows; all tensors on the CPU.
+
+    The first document of a row continues the row's state unless it starts there; the last one leaves
+    the row's state behind. A row without any real token holds one document of length 0.
+    """
+
+    row: Tensor  # [N]    the row each document is in
+    fresh: Tensor  # [N]    whether it starts with an empty memory
+    lengths: Tensor  # [N]    its tokens
+    tokens: Tensor  # [real] where they are in the flat batch, document by document
+    last: Tensor  # [B]    the last document of each row
+    shape: tuple[int, int]  # B, T
+
+    @classmethod
+    def of(cls, real: Tensor, starts: Tensor, continued: bool) -> "Documents | None":
+        """real, starts: [B, T] booleans: which tokens are no pads, and which ones start a document
+        (counts at real tokens only). continued: whether the rows have a state to go on from.
+
+        None if every row is one document of T tokens, and they go on if they are continued.
+        """
+        real, starts = real.cpu(), (starts & real).cpu()
+        nth = starts.long().cumsum(1)
+        behind = real & (real.cumsum(1) == 1)  # the first real token
+        begins = (behind & starts).any(1)
+        nth -= begins.long()[:, None]
+        count = torch.where(real, nth, 0).amax(1) + 1 if real.shape[1] else torch.ones(len(real)).long()
+        offset = count.cumsum(0) - count
+        document = (offset[:, None] + nth)[real]
+        fresh = torch.ones(int(count.sum()), dtype=torch.bool)
+        fresh[offset] = begins if continued else True
+        begins_anew = continued and bool(fresh.any())
+        if len(fresh) == len(real) and bool(real.all()) and not begins_anew:
+            return None
+        return cls(
+            row=torch.arange(len(real)).repeat_interleave(count),
+            fresh=fresh,
+            lengths=document.bincount(minlength=len(fresh)),
+            tokens=real.flatten().nonzero().squeeze(1),
+            last=offset + count - 1,
+            shape=(real.shape[0], real.shape[1]),
+        )
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] as [N, L, ...]: each document a row, aligned left, zeros behind it."""
+        return self._put(
+            x, x.flatten(0, 1), self.tokens, self._places(), (len(self.row), self._longest)
+        )
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """Back: [N, L, ...] as [B, T, ...], zeros at pads."""
+        return self._put(y, y.flatten(0, 1), self._places(), self.tokens, self.shape)
+
+    def begin(self, state: Own | None, initial: Own) -> Own:
+        """The state of each document, from those of the rows (None: all new) and an empty one [1]."""
+        initial = initial.expand(len(self.row))
+        if state is None:
+            return initial
+        state = state.select(self.row)
+        return state.restart(self.fresh, initial) if bool(self.fresh.any()) else state
+
+    def end(self, state: Own) -> Own:
+        """The state of each row, from those of the documents."""
+        return state.select(self.last)
+
+    @property
+    def _longest(self) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    def _places(self) -> Tensor:
+        """Where the real tokens are in the flat [N, L]."""
+        real = torch.arange(self._longest) < self.lengths[:, None]
+        return real.flatten().nonzero().squeeze(1)
+
+    @staticmethod
+    def _put(x: Tensor, flat: Tensor, source: Tensor, target: Tensor, shape: tuple[int, int]) -> Tensor:
+        out = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
+        moved = flat.index_select(0, source.to(x.device))
+        return out.index_copy(0, target.to(x.device), moved).unflatten(0, shape)
+
+
+def take_tokens(x: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """Tokens start[b] ... start[b] + count[b] - 1 of each row of x [B, T, ...], aligned left, with
+    zeros behind. start, count: [B] on the CPU."""
+    row, slot = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
+    token = slot + start[row]
+    row, slot, token = (index.to(x.device) for index in (row, slot, token))
+    out = x.new_zeros(x.shape[0], int(count.max()), *x.shape[2:])
+    return out.index_put((row, slot), x[row, token])
+
+
+def put_tokens(whole: Tensor, part: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """`whole` [B, T, ...] with the tokens of `part` where `take_tokens` takes them from."""
+    row, slot = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
+    token = slot + start[row]
+    row, slot, token = (index.to(whole.device) for index in (row, slot, token))
+    return whole.index_put((row, token), part[row, slot])

@@ -1,0 +1,195 @@
+"""What a layer keeps between calls: a dataclass of tensors, batch first, that can be saved.
+
+Some numbers are one for each row: they are an integer while all rows agree and [B] integers on the
+CPU when they do not, so that no step waits for a device to learn where it stands.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "everlong.state.1"
+PerRow = int | Tensor
+Own = TypeVar("Own", bound="State")
+
+
+def per_row(number: PerRow, batch: int) -> Tensor:
+    """As [B] integers on the CPU."""
+    return number if isinstance(number, Tensor) else torch.full((batch,), number)
+
+
+def agreed(numbers: PerRow) -> PerRow:
+    """As one integer if all rows agree."""
+    if isinstance(numbers, Tensor) and len(numbers) and bool((numbers == numbers[0]).all()):
+        return int(numbers[0])
+    return numbers
+
+
+@dataclass(frozen=True)
+class State:
+    """Base of the states: dataclasses of tensors (batch first), tuples of them, integers, states.
+
+    A field called `position` is a number for each row, and stays on the CPU.
+    """
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        raise NotImplementedError
+
+    def restart(self: Own, fresh: Tensor, initial: Own) -> Own:
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
+        raise NotImplementedError
+
+    def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
+        """The state with `function` applied to every tensor."""
+        return _map(self, function)
+
+    def select(self: Own, rows: Tensor | Sequence[int]) -> Own:
+        """The rows with these indices, in this order (repeats allowed)."""
+        index = torch.as_tensor(rows, dtype=torch.long).cpu()
+        batch = self.batch_size
+        if index.numel() and not -batch <= index.min() <= index.max() < batch:
+            raise ValueError(
+                f"rows must lie in 0 ... {batch - 1} for a state of batch {batch}, got {index.tolist()}"
+            )
+        index = index % max(batch, 1)
+        return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    def repeat(self: Own, n: int) -> Own:
+        """Each row `n` times in a row (as beams want them): a b -> a a b b."""
+        return self.map(lambda tensor: tensor.repeat_interleave(n, 0))
+
+    def expand(self: Own, batch: int) -> Own:
+        """The one row of this state, seen `batch` times."""
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def detach(self: Own) -> Own:
+        """The same values without their history: gradients stop here."""
+        return self.map(Tensor.detach)
+
+    def to(self: Own, device: torch.device | str) -> Own:
+        """The state on another device (`position` stays on the CPU)."""
+        return _map(self, lambda tensor: tensor.to(device), skip="position")
+
+    def check_batch(self, batch: int) -> None:
+        """Raise ValueError when the state is not for so many rows."""
+        if self.batch_size != batch:
+            raise ValueError(
+                f"state was built for batch {self.batch_size} but the input has batch {batch}: take "
+                "rows with state.select(rows), or pass state=None to start from an empty memory"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name: `weights.0`, ..."""
+        named: dict[str, Tensor] = {}
+        _describe(self, "", named)
+        return named
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file."""
+        save_states(self, path)
+
+    @classmethod
+    def load(cls: type[Own], path: str | Path, device: torch.device | str = "cpu") -> Own:
+        """Read a state written by `save`.
+
+        Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
+        """
+        state = load_states(path, {cls.__name__: cls})
+        if not isinstance(state, cls):
+            raise ValueError(f"{path} holds a {type(state).__name__}, not a {cls.__name__}")
+        return state.to(device)
+
+
+def choose(rows: Tensor, left: Any, right: Any) -> Any:
+    """Tensors (or tuples of them, or None) of `left` where `rows` [B] holds, of `right` elsewhere."""
+    if isinstance(left, tuple):
+        return tuple(choose(rows, *pair) for pair in zip(left, right, strict=True))
+    if left is None:
+        return None
+    mask = rows.to(left.device).view(-1, *[1] * (left.dim() - 1))
+    return torch.where(mask, left, right)
+
+
+def choose_number(rows: Tensor, left: PerRow, right: PerRow) -> PerRow:
+    """As `choose`, for a number for each row."""
+    batch = len(rows)
+    return agreed(torch.where(rows, per_row(left, batch), per_row(right, batch)))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor], skip: str | None = None) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, function, skip) for item in value)
+    if isinstance(value, State):
+        names = [field.name for field in fields(value) if field.name != skip]
+        return replace(value, **{n: _map(getattr(value, n), function, skip) for n in names})
+    return value
+
+
+def save_states(states: Any, path: str | Path) -> None:
+    """Write states (a tree of states, lists, tensors and numbers) to one safetensors file."""
+    named: dict[str, Tensor] = {}
+    tree = _describe(states, "", named)
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
+    save_file(tensors, path, metadata={"format": FORMAT, "tree": json.dumps(tree)})
+
+
+def load_states(path: str | Path, kinds: Mapping[str, type[State]]) -> Any:
+    """Read what `save_states` wrote; `kinds`: the classes of states that may be in it, by name.
+
+    Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no memory state at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): it is damaged, cut short or "
+            "something else; save the state again with state.save(path)"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no state of format {FORMAT!r} (its metadata: {metadata})")
+    return _rebuild(json.loads(metadata["tree"]), named, kinds, path)
+
+
+def _describe(value: Any, name: str, named: dict[str, Tensor]) -> Any:
+    """The tree as JSON, with tensors put into `named`, each under its path."""
+    dot = f"{name}." if name else ""
+    if isinstance(value, Tensor):
+        named[name] = value
+        return {"tensor": name}
+    if isinstance(value, (tuple, list)):
+        return [_describe(item, f"{dot}{i}", named) for i, item in enumerate(value)]
+    if isinstance(value, State):
+        parts = {f.name: _describe(getattr(value, f.name), dot + f.name, named) for f in fields(value)}
+        return {"state": type(value).__name__, "fields": parts}
+    assert value is None or isinstance(value, int)
+    return value
+
+
+def _rebuild(
+    tree: Any, named: dict[str, Tensor], kinds: Mapping[str, type[State]], path: str | Path
+) -> Any:
+    if isinstance(tree, list):
+        return tuple(_rebuild(item, named, kinds, path) for item in tree)
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return named[tree["tensor"]]
+    if tree["state"] not in kinds:
+        raise ValueError(f"{path} holds a {tree['state']}, not a {' or '.join(kinds)}")
+    parts = {n: _rebuild(part, named, kinds, path) for n, part in tree["fields"].items()}
+    return kinds[tree["state"]](**parts)
