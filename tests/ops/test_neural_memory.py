@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from memory_cases import make_inputs, run, start_state
 
 from everlong.ops import (
@@ -126,6 +128,42 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(loss_of(inputs), inputs["log_eta"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_keys_made_with_the_memory_itself():
+    """The inner gradient is the weights' alone: what k owes to them is no part of it."""
+    inputs = make_inputs(6)
+    tied = {**inputs, "k": inputs["k"] * inputs["weight0"].sum((1, 2, 3))[:, None, None, None].tanh()}
+    want, _ = run(recurrent_neural_memory, tied, start_state(tied, CHUNK))
+    got, _ = run(chunk_neural_memory, tied, start_state(tied, CHUNK))
+    assert_close("y", got, want)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=4), st.lists(st.integers(0, 5), max_size=4))
+def test_rows_of_unequal_lengths(lengths, before):
+    """Each row, at its own phase and of its own length, is read as it would be alone; gradients too."""
+    batch = len(lengths)
+    inputs = make_inputs(17, batch=batch)
+    before = torch.tensor((before + [0] * batch)[:batch])
+    counts = torch.tensor(lengths)
+    _, state = run(chunk_neural_memory, inputs, start_state(inputs, CHUNK), 0, 5, lengths=before)
+    y, state = run(chunk_neural_memory, inputs, state, 5, 5 + int(counts.max()), lengths=counts)
+    weights = torch.randn_like(y)
+    leaves = [x for x in inputs.values() if x is not None]
+    got = torch.autograd.grad((y * weights).sum() + sum(w.sum() for w in state.weights), leaves)
+    loss = 0
+    for row in range(batch):
+        alone = {n: x if n == "scale" else x[row : row + 1] for n, x in inputs.items()}
+        own = start_state(alone, CHUNK)
+        _, own = run(chunk_neural_memory, alone, own, 0, int(before[row]))
+        want, own = run(chunk_neural_memory, alone, own, 5, 5 + lengths[row])
+        assert_close("y", y[row, : lengths[row]], want[0])
+        assert_states_close("state", state.select([row]).weights, own.weights)
+        loss = loss + (want[0] * weights[row, : lengths[row]]).sum()
+        loss = loss + sum(w.sum() for w in own.weights)
+    for g, w in zip(got, torch.autograd.grad(loss, leaves), strict=True):
+        assert_close("gradient", g, w)
 
 
 def test_pads_may_hold_anything():

@@ -90,8 +90,9 @@ def _surprise_by_autograd(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """z, delta and u of one token (k, v: [B, H, K]) from autograd on the inner loss."""
     with torch.enable_grad():
-        # Weights that already carry a history keep it, so that the outer gradient passes through.
-        leaves = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        # Weights that already carry a history keep it, so that the outer gradient passes through; as
+        # views, since k and v may have been made with them, which is no matter of the inner gradient.
+        leaves = [w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for w in weights]
         hidden, inputs, products = k.unsqueeze(-2), [], []
         for index, weight in enumerate(leaves):
             inputs.append(torch.nn.functional.gelu(hidden) if index else hidden)

@@ -1,0 +1,63 @@
+"""Law 2 for whole blocks: attention, memory and gates against the token-by-token reference."""
+
+import pytest
+import torch
+from titans_reference import REFERENCES
+
+from everlong import TitansConfig
+from everlong.models.titans_blocks import BLOCKS
+from numerics import assert_close
+
+SWITCHES = {
+    "": {},
+    "linear": {"memory_depth": 1},
+    "deep": {"memory_depth": 3},
+    "no conv": {"conv_kernel": 0},
+    "no momentum": {"memory_momentum": False},
+    "no decay": {"memory_decay": False},
+    "no persistent tokens": {"num_persistent_tokens": 0},
+    "more persistent tokens than a chunk": {"num_persistent_tokens": 5},
+}
+
+
+def make_block(name, **options):
+    config = TitansConfig(
+        **{
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "layer_types": [name],
+            "sliding_window": 5,
+            "segment_length": 8,
+            "chunk_size": 4,
+            "num_persistent_tokens": 2,
+            "memory_expansion": 2,
+            "max_memory_learning_rate": 0.5,
+            "initial_alpha": 0.05,
+        }
+        | options
+    )
+    torch.manual_seed(0)
+    block = BLOCKS[name](config).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return block
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_block_equals_reference(name, switch):
+    """Outputs, and the gradients of the input and every parameter, over three segments."""
+    block = make_block(name, **SWITCHES[switch])
+    x = torch.randn(1, 19, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(19, 8, dtype=torch.float64)
+    leaves = {"x": x, **dict(block.named_parameters())}
+    want = torch.stack(REFERENCES[name](block, list(x[0])))
+    wanted = torch.autograd.grad((want * weights).sum(), leaves.values())
+    got = block(x).y[0]
+    assert_close("y", got, want)
+    grads = torch.autograd.grad((got * weights).sum(), leaves.values())
+    for leaf, grad, want_grad in zip(leaves, grads, wanted, strict=True):
+        assert_close(leaf, grad, want_grad)

@@ -1,0 +1,207 @@
+"""The Titans blocks token by token, written from the equations: one sequence, loops, autograd.
+
+Nothing here is shared with the library but the parameters.
+"""
+
+import math
+
+import torch
+
+
+def silu(x):
+    return x * torch.sigmoid(x)
+
+
+def rms_norm(norm, x):
+    return norm.weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+
+def unit(x):
+    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class Conv:
+    """silu of a causal convolution, one token at a time; the last inputs are remembered."""
+
+    def __init__(self, taps):
+        self.taps = taps
+        self.seen = []
+
+    def __call__(self, row):
+        if self.taps is None:
+            return silu(row)
+        self.seen.append(row)
+        reach = self.taps.shape[1]
+        last = self.seen[-reach:]
+        return silu(sum(self.taps[:, reach - 1 - i] * x for i, x in enumerate(reversed(last))))
+
+
+class Memory:
+    """M_t of one sequence, by v1 eqs. 8-15 gradients taken at a chunk's start."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        taps = [None] * 3 if layer.conv is None else layer.conv.chunk(3)
+        self.q_conv, self.k_conv, self.v_conv = (Conv(t) for t in taps)
+        self.now = [w * 1.0 for w in layer.memory_init]
+        self.momentum = [torch.zeros_like(w) for w in self.now]
+        self.close()
+
+    def close(self):
+        """The next token is the first of a chunk."""
+        self.start, self.position = self.now, 0
+
+    def heads(self, row):
+        return row.view(self.layer.num_heads, self.layer.head_dim)
+
+    def network(self, weights, x):
+        """M(x) = x + scale LN(W_L gelu(... W_1 x)), x: [H, K]."""
+        hidden = x
+        for i, w in enumerate(weights):
+            if i:
+                hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+            hidden = torch.einsum("hi,hio->ho", hidden, w)
+        if self.layer.memory_scale is None:
+            return hidden
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+        return x + self.layer.memory_scale * normed
+
+    def answer(self, x, weights, conv):
+        """What the layer gives for x when its memory is `weights`."""
+        q = unit(self.heads(conv(self.layer.q_proj.weight @ x)))
+        y = rms_norm(self.layer.output_norm, self.network(weights, q)).flatten()
+        return self.layer.o_proj.weight @ (silu(self.layer.gate_proj.weight @ x) * y)
+
+    def gate(self, projection, x):
+        logits = projection.weight @ x + projection.bias
+        return torch.sigmoid(logits).view(self.layer.num_heads, self.layer.depth)
+
+    def read_write(self, x):
+        """Write x, then answer it."""
+        layer = self.layer
+        k = unit(self.heads(self.k_conv(layer.k_proj.weight @ x)))
+        v = self.heads(self.v_conv(layer.v_proj.weight @ x))
+        # The inner gradient is of the weights alone, though k and v may have been made with them.
+        start = [w * 1.0 for w in self.start]
+        loss = (self.network(start, k) - v).square().sum()
+        surprise = torch.autograd.grad(loss, start, create_graph=True)
+        theta = self.gate(layer.theta_proj, x) * layer.max_learning_rate / layer.chunk_size
+        eta = alpha = torch.zeros_like(theta)
+        if layer.eta_proj is not None:
+            eta = self.gate(layer.eta_proj, x)
+            theta = theta * (1 - eta)
+        if layer.alpha_proj is not None:
+            alpha = self.gate(layer.alpha_proj, x)
+        self.momentum = [
+            eta[:, i, None, None] * s - theta[:, i, None, None] * u
+            for i, (s, u) in enumerate(zip(self.momentum, surprise, strict=True))
+        ]
+        self.now = [
+            (1 - alpha[:, i, None, None]) * m + s
+            for i, (m, s) in enumerate(zip(self.now, self.momentum, strict=True))
+        ]
+        if layer.eta_proj is None:
+            self.momentum = [torch.zeros_like(s) for s in self.momentum]
+        self.position += 1
+        y = self.answer(x, self.now, self.q_conv)
+        if self.position == layer.chunk_size:
+            self.close()
+        return y
+
+
+class Attention:
+    """Softmax over an explicit list of keys, one query at a time."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.keys = []  # (position, key, value) by head; position None: always in sight
+
+    def heads(self, projection, x, position=None):
+        rows = (projection.weight @ x).view(-1, self.layer.head_dim)
+        if position is None:
+            return rows
+        half = self.layer.head_dim // 2
+        angle = position * self.layer.rope_theta ** (-torch.arange(half, dtype=x.dtype) / half)
+        turned = torch.complex(rows[:, :half], rows[:, half:]) * torch.exp(1j * angle)
+        return torch.cat([turned.real, turned.imag], -1)
+
+    def show(self, x, position=None):
+        k = self.heads(self.layer.k_proj, x, position)
+        v = self.heads(self.layer.v_proj, x)
+        self.keys.append((position, k, v))
+
+    def __call__(self, x, position=None, window=math.inf):
+        """The output for x among the keys in sight."""
+        q = self.heads(self.layer.q_proj, x, position)
+        seen = [(k, v) for at, k, v in self.keys if at is None or at > position - window]
+        groups = len(q) // len(seen[0][0])
+        heads = []
+        for head, query in enumerate(q):
+            scores = torch.stack([query @ k[head // groups] for k, _ in seen])
+            weights = torch.softmax(scores / math.sqrt(len(query)), 0)
+            heads.append(sum(w * v[head // groups] for w, (_, v) in zip(weights, seen, strict=True)))
+        return self.layer.o_proj.weight @ torch.cat(heads)
+
+
+def persistent(block):
+    return [] if block.persistent is None else list(block.persistent)
+
+
+def lmm(block, rows):
+    memory = Memory(block.memory)
+    for p in persistent(block):
+        memory.read_write(p)
+    memory.close()
+    return [memory.read_write(x) for x in rows]
+
+
+def mag(block, rows):
+    memory, attention, outputs = Memory(block.memory), Attention(block.attention), []
+    for p in persistent(block):
+        memory.read_write(p)
+        attention.show(p)
+    memory.close()
+    for t, x in enumerate(rows):
+        attention.show(x, t)
+        y = rms_norm(block.attention_norm, attention(x, t, block.attention.window))
+        outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(x))))
+    return outputs
+
+
+def mal(block, rows):
+    memory, attention, outputs = Memory(block.memory), Attention(block.attention), []
+    for p in persistent(block):
+        attention.show(rms_norm(block.memory_norm, memory.read_write(p)))
+    memory.close()
+    for t, x in enumerate(rows):
+        m = rms_norm(block.memory_norm, memory.read_write(x))
+        attention.show(m, t)
+        outputs.append(attention(m, t, block.attention.window))
+    return outputs
+
+
+def mac(block, rows):
+    memory, outputs = Memory(block.memory), []
+    read_conv = Conv(None if block.memory.conv is None else block.memory.conv.chunk(3)[0])
+    among = Attention(block.attention)
+    for p in persistent(block):
+        among.show(p)
+        if read_conv.taps is not None:
+            read_conv(block.memory.q_proj.weight @ p)
+    for p in persistent(block):
+        memory.read_write(rms_norm(block.attention_norm, among(p)))
+    memory.close()
+    for start in range(0, len(rows), block.attention.segment):
+        before, attention = memory.now, Attention(block.attention)
+        for p in persistent(block):
+            attention.show(p)
+        for t, x in enumerate(rows[start : start + block.attention.segment]):
+            attention.show(memory.answer(x, before, read_conv), t)
+            attention.show(x, t)
+            y = rms_norm(block.attention_norm, attention(x, t))
+            outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(y))))
+    return outputs
+
+
+REFERENCES = {"lmm": lmm, "mag": mag, "mal": mal, "mac": mac}
