@@ -1,11 +1,17 @@
 """The models, registered with the Auto classes of `transformers`."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, configuration_utils
 
 from everlong.models.cache import TitansCache
-from everlong.models.configuration_titans import TitansConfig
+from everlong.models.configuration_titans import LAYER_TYPES, TitansConfig
 from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, TitansPreTrainedModel
 
+# Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
+# which refuses names of layers that it does not know.
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (
+    *getattr(configuration_utils, "ALLOWED_ATTN_LAYER_TYPES", ()),
+    *(name for name in LAYER_TYPES if name not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES),
+)
 AutoConfig.register("titans", TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)

@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from everlong.models.presets import preset_fields
+
 LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 
 
@@ -101,6 +103,14 @@ class TitansConfig(PreTrainedConfig):
         if self.memory_head_dim is None:
             self.memory_head_dim = self.hidden_size // self.num_memory_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **fields: Any) -> "TitansConfig":
+        """The configuration of a size of the paper, such as "titans-mag-340m"; `fields` change it.
+
+        Raises ValueError, with the names there are, for an unknown one.
+        """
+        return cls(**(preset_fields(name) | fields))
 
     def validate_layer_type(self) -> None:
         """The types are ours, not only those that `transformers` knows."""

@@ -1,5 +1,6 @@
 """Titans as `transformers` models: a Llama decoder whose layers carry a neural memory."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from everlong.layers import NeuralMemory, RMSNorm
 from everlong.models.cache import TitansCache
+from everlong.models.card import write_card
 from everlong.models.configuration_titans import TitansConfig
 from everlong.models.titans_blocks import BLOCKS, BlockOutput, MemoryBlock, join_pieces
 from everlong.ops import MemoryTrace
@@ -52,6 +54,12 @@ class TitansPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TitansLayer"]
     _skip_keys_device_placement = "past_key_values"
     _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, and a model card (README.md) where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(save_directory, self.config, self.num_parameters())
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -260,8 +268,43 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} does not hold a "
                 "memory: leave it out"
             )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "generate goes on from the last column, which is a pad in some rows: pad on the left "
+                '(tokenizer.padding_side = "left")'
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
+
+    def generate_from(
+        self,
+        past_key_values: TitansCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` from a cache that has read something: input_ids [B, T] are the new tokens alone.
+
+        attention_mask: [B, T], 0 at pads on the left. The rest, and the result, as `generate`, without
+        a token of what the cache has read. The cache itself stays as it is. A cache of one row serves
+        any number of rows.
+        """
+        cache = copy.deepcopy(past_key_values)
+        batch = input_ids.shape[0]
+        if cache.batch_size == 1 and batch > 1:
+            cache.batch_repeat_interleave(batch)
+        config = kwargs.get("generation_config") or self.generation_config
+        copies = [
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        if cache.batch_size == batch and max(copies) > 1:
+            cache.batch_repeat_interleave(max(copies))
+        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        past = new.new_ones(batch, cache.get_seq_length())
+        mask = torch.cat([past, new], 1)
+        return self.generate(input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
 
     def forward(
         self,

@@ -110,6 +110,8 @@ STATES: dict[str, type[State]] = {
 class Block(nn.Module):
     """Base of the blocks; a block is built from a `TitansConfig`."""
 
+    state_type: type[State]
+
     def initial_state(self, dtype: torch.dtype) -> State:
         """The state of one row before its first token, the persistent rows read."""
         raise NotImplementedError
@@ -121,6 +123,11 @@ class Block(nn.Module):
         on the CPU, the real tokens of each row, aligned left (default: all)."""
         if state is None:
             state = self.initial_state(x.dtype).expand(x.shape[0])
+        elif not isinstance(state, self.state_type):
+            raise ValueError(
+                f"the layer wants a {self.state_type.__name__}, got a {type(state).__name__}: it "
+                "belongs to another model"
+            )
         return self.mix(x, state, lengths, trace)
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
@@ -130,6 +137,8 @@ class Block(nn.Module):
 
 class AttentionBlock(Block):
     """`"sliding_attention"` and `"full_attention"`: a Llama layer's attention."""
+
+    state_type: type[State] = AttentionState
 
     def __init__(self, config: TitansConfig, window: int | None) -> None:
         super().__init__()
@@ -146,6 +155,8 @@ class AttentionBlock(Block):
 
 class MemoryBlock(Block):
     """`"lmm"`, and base of the blocks with a memory: y = M(x)."""
+
+    state_type: type[State] = NeuralMemoryState
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
@@ -203,6 +214,8 @@ class MemoryBlock(Block):
 class MAG(MemoryBlock):
     """`"mag"`, memory as a gate: y = SWA(x) (x) M(x) (v1 eqs. 26-28)."""
 
+    state_type: type[State] = MemoryAndAttentionState
+
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
         self.attention = _sliding(config)
@@ -226,6 +239,8 @@ class MAG(MemoryBlock):
 
 class MAL(MemoryBlock):
     """`"mal"`, memory as a layer: y = SWA(norm(M(x))) (v1 eqs. 29-31)."""
+
+    state_type: type[State] = MemoryAndAttentionState
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
@@ -253,6 +268,8 @@ class MAC(MemoryBlock):
     y = norm(Attn([P, h, x]))   token i sees P, and h_j, x_j of its segment for j <= i
     o = y (x) M(y)              M absorbs y, token by token
     """
+
+    state_type: type[State] = MACState
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)

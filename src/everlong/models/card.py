@@ -1,0 +1,59 @@
+"""The README that a saved model carries, so that its folder can go to a hub as it is."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- everlong
+- {kind}
+- neural-memory
+---
+
+# {name}
+
+A {kind} language model of [everlong](https://pypi.org/project/everlong): its memory learns while it
+reads, so its state has one size however long the text is. {parameters} parameters; layers: {layers}.
+
+```python
+import everlong  # registers the model with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+What one call has read, the next can go on from: `past_key_values` of its output holds the memory, and
+`past_key_values.save("memory.safetensors")` keeps it apart from the model.
+
+## Configuration
+
+```json
+{config}
+```
+"""
+
+
+def write_card(folder: str | Path, config: PreTrainedConfig, parameters: int) -> None:
+    """Write README.md into a saved model's folder, unless there is one."""
+    path = Path(folder) / "README.md"
+    if path.exists():
+        return
+    fields = config.to_diff_dict()
+    layers: list[str] = getattr(config, "layer_types", None) or []
+    path.write_text(
+        CARD.format(
+            kind=config.model_type,
+            name=Path(folder).resolve().name,
+            parameters=f"{parameters:,}",
+            layers=", ".join(f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers)),
+            config=json.dumps(fields, indent=2),
+        ),
+        encoding="utf-8",
+    )

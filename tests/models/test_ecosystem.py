@@ -1,0 +1,322 @@
+"""What people do with a model of `transformers`: each works for every kind of layer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from everlong import NeuralMemoryState, TitansConfig, TitansForCausalLM
+from everlong.data import byte_tokenizer
+from everlong.models import TitansCache
+from everlong.models.presets import PRESETS
+from numerics import assert_close
+from subjects import CHUNK, SEGMENT, VOCABULARY, titans
+
+KINDS = ["lmm", "mac", "mag", "mal"]
+EVERY = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, **options):
+    torch.manual_seed(0)
+    return titans(kind, "sliding_attention", **options)().double().eval()
+
+
+def text(batch=2, tokens=2 * SEGMENT + 3):
+    return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@EVERY
+def test_unequal_prompts_with_beams(kind):
+    """Eight prompts padded on the left, four beams, several segments: the texts of each alone."""
+    model = make(kind, initializer_range=0.5)
+    lengths = [1, 3, CHUNK, SEGMENT, SEGMENT + 1, 2 * SEGMENT, 2 * SEGMENT + 5, 3 * SEGMENT]
+    prompts = [text(1, n)[0] for n in lengths]
+    width = max(lengths)
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]
+    )
+    asked = {"max_new_tokens": SEGMENT + 3, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(ids, attention_mask=mask, **asked)[:, width:]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)).long(), **asked)
+        assert torch.equal(got[row], alone[0, len(prompt) :]), f"prompt of {len(prompt)} tokens"
+
+
+def test_right_padding_is_refused_by_generate():
+    model, ids = make("lmm"), text()
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_from_a_cache_that_was_saved(kind, options, tmp_path):
+    model, ids = make(kind, initializer_range=0.5), text()
+    asked = {"max_new_tokens": SEGMENT, "do_sample": False, "pad_token_id": 0, **options}
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    with torch.no_grad():
+        model(ids[:, :7], use_cache=True).past_key_values.save(tmp_path / "memory.safetensors")
+    cache = TitansCache.load(tmp_path / "memory.safetensors")
+    for _ in range(2):  # the cache stays as it is
+        got = model.generate_from(cache, ids[:, 7:], **asked)
+        assert torch.equal(got, want[:, 7:])
+
+
+@EVERY
+def test_one_memory_serves_many_questions(kind):
+    model, ids = make(kind, initializer_range=0.5), text(1)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    questions, mask = text(3, 5), torch.ones(3, 5).long()
+    mask[1, :2] = 0
+    asked = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    got = model.generate_from(cache, questions, mask, **asked)
+    for row in range(3):
+        whole = torch.cat([ids, questions[row : row + 1, mask[row].bool()]], 1)
+        want = model.generate(whole, attention_mask=torch.ones_like(whole), **asked)
+        assert torch.equal(got[row, 5:], want[0, whole.shape[1] :])
+
+
+def test_files_of_caches(tmp_path):
+    cache = make("mac")(text(), use_cache=True).past_key_values
+    cache.layers[0].state.save(tmp_path / "layer.safetensors")
+    with pytest.raises(ValueError, match="holds the state of one layer"):
+        TitansCache.load(tmp_path / "layer.safetensors")
+    cache.save(tmp_path / "memory.safetensors")
+    with pytest.raises(ValueError, match=r"holds a .*, not a NeuralMemoryState"):
+        NeuralMemoryState.load(tmp_path / "memory.safetensors")
+    (tmp_path / "memory.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        TitansCache.load(tmp_path / "memory.safetensors")
+    with pytest.raises(FileNotFoundError):
+        TitansCache.load(tmp_path / "none.safetensors")
+
+
+@EVERY
+def test_a_cache_of_another_model_is_refused(kind):
+    cache = make(kind)(text(), use_cache=True).past_key_values
+    other = make({"lmm": "sliding_attention", "mac": "mag", "mag": "mac", "mal": "lmm"}[kind])
+    with pytest.raises(ValueError, match="belongs to another"):
+        other(text(), past_key_values=cache)
+
+
+@EVERY
+def test_decoding_keeps_its_size(kind):
+    """However much was read, a state has the tensors of a state."""
+    model = make(kind)
+    sizes = []
+    for tokens in (4 * SEGMENT, 40 * SEGMENT):
+        cache = model(text(1, tokens), use_cache=True).past_key_values
+        sizes.append([x.untyped_storage().nbytes() for x in leaves(cache)])
+    assert sizes[0] == sizes[1]
+
+
+def leaves(cache):
+    return [x for layer in cache.layers for x in layer.state.tensors().values()]
+
+
+@EVERY
+def test_pipeline(kind, tmp_path):
+    model = titans(kind, vocab_size=257)()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    texts = ["A memory", "that learns while it reads"]
+    out = generator(texts, max_new_tokens=4, do_sample=False, batch_size=2, return_full_text=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(out) == 2
+    assert all(isinstance(each[0]["generated_text"], str) for each in out)
+    card = (tmp_path / "README.md").read_text()
+    assert "everlong" in card
+    assert f"1 {kind}" in card
+    assert tokenizer.vocab_size
+
+
+@EVERY
+def test_plain_trainer_trains_and_resumes(kind, tmp_path):
+    """transformers' own Trainer, with gradient checkpointing and accumulation."""
+
+    def run(steps, **resume):
+        torch.manual_seed(0)
+        ids = text(8)
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            activation_checkpointing=True,
+            save_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(titans(kind)(), arguments, train_dataset=rows)
+        trainer.train(**resume)
+        return trainer.model.state_dict()
+
+    run(2)
+    resumed = run(4, resume_from_checkpoint=True)
+    for path in tmp_path.iterdir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    for name, weight in run(4).items():
+        assert torch.equal(resumed[name], weight), name
+
+
+@EVERY
+def test_gradient_checkpointing_changes_nothing(kind):
+    model, ids, grads = make(kind).train(), text(), []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name])
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(kind, dtype):
+    """Under autocast and with half parameters: states in float32, logits near those of float32."""
+    model, ids = make(kind).float(), text()
+    want = model(ids, labels=ids)
+    with torch.autocast("cpu", dtype):
+        out = model(ids, labels=ids, use_cache=True)
+        out.loss.backward()
+        model(ids, past_key_values=out.past_key_values)
+    assert (out.logits - want.logits).norm() < 0.03 * want.logits.norm()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    half = copy.deepcopy(model).to(dtype)
+    cache = half(ids, use_cache=True).past_key_values
+    memory = cache.layers[0].state
+    memory = memory if kind == "lmm" else memory.memory
+    assert memory.dtype == torch.float32
+    logits = half(ids, past_key_values=cache).logits
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+
+
+@EVERY
+def test_files_in_shards_and_device_maps(kind, tmp_path):
+    model, ids = make(kind), text()
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        want = model(ids).logits
+        for places in ("cpu", {"": "cpu"}):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                tmp_path, dtype=torch.float64, device_map=places
+            )
+            assert torch.equal(loaded(ids).logits, want)
+
+
+@EVERY
+def test_cut_gradients(kind):
+    """backprop_segments: outputs stay, gradients stop at the borders, calls can be stepped."""
+    ids = text(2, 4 * SEGMENT)
+    model = make(kind)
+    cut = make(kind, backprop_segments=2).train()
+    cut.load_state_dict(model.state_dict())
+    assert_close("logits", cut(ids).logits, model(ids).logits)
+
+    def reached(model):
+        x = model.model.embed_tokens(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=x).logits
+        logits[:, -1].square().sum().backward()
+        return x.grad.abs().sum((0, 2)) > 0
+
+    assert reached(model).all()
+    assert not reached(cut)[: 2 * SEGMENT].any()
+    assert reached(cut)[2 * SEGMENT :].all()
+    out = cut(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    cut(ids, labels=ids, past_key_values=out.past_key_values).loss.backward()
+
+
+@EVERY
+def test_ablations_change_the_model_and_keep_it_sound(kind):
+    ids = text()
+    whole = make(kind)
+    names = {name for name, _ in whole.named_parameters()}
+    for options, gone in [
+        ({"memory_depth": 1}, "memory_init.1"),
+        ({"conv_kernel": 0}, "conv"),
+        ({"memory_momentum": False}, "eta_proj"),
+        ({"memory_decay": False}, "alpha_proj"),
+        ({"num_persistent_tokens": 0}, "persistent"),
+    ]:
+        model = make(kind, **options)
+        left = {name for name, _ in model.named_parameters()}
+        assert left < names
+        assert all(gone in name for name in names - left)
+        assert model(ids, labels=ids).loss.isfinite()
+
+
+@EVERY
+def test_a_read_only_memory_never_changes(kind):
+    model = make(kind)
+    frozen = make(kind, memory_read_only=True)
+    frozen.load_state_dict(model.state_dict())
+    ids = text(1)
+    cache = frozen(ids, use_cache=True).past_key_values
+    state = cache.layers[0].state
+    before = frozen.model.layers[0].initial_state(torch.float64)
+    state, before = (s if kind == "lmm" else s.memory for s in (state, before))
+    for got, want in zip(state.weights, before.weights, strict=True):
+        assert_close("weights", got, want)
+    assert not torch.allclose(frozen(ids).logits, model(ids).logits)
+
+
+@EVERY
+def test_what_the_memory_did(kind):
+    """One report a token, the same in any batch, pads and splits included."""
+    model, ids = make(kind), text()
+    want = model(ids, output_memory=True).memory
+    assert want[1] is None
+    trace = want[0]
+    heads, layers = 2, 2
+    assert trace.inner_loss.shape == (*ids.shape, heads)
+    for each in (trace.surprise, trace.alpha, trace.eta, trace.theta, trace.memory_norm):
+        assert each.shape == (*ids.shape, heads, layers)
+        assert (each > 0).all()
+        assert each.isfinite().all()
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    got = model(padded, attention_mask=mask, output_memory=True).memory[0]
+    cache, pieces = None, []
+    for piece in ids.split([5, 1, ids.shape[1] - 6], 1):
+        out = model(piece, past_key_values=cache, use_cache=True, output_memory=True)
+        cache = out.past_key_values
+        pieces.append(out.memory[0])
+    for name, value in trace._asdict().items():
+        assert_close(name, getattr(got, name)[:, 3:], value)
+        assert not getattr(got, name)[:, :3].any()
+        assert_close(name, torch.cat([getattr(p, name) for p in pieces], 1), value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_of_their_name(name):
+    with torch.device("meta"):
+        model = TitansForCausalLM(TitansConfig.from_preset(name))
+    size = name.split("-")[-1]
+    want = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert abs(model.num_parameters() / want - 1) < 0.03
+
+
+def test_presets_by_name():
+    config = TitansConfig.from_preset("titans-mag-340m", vocab_size=100)
+    assert config.layer_types == ["mag"] * 24
+    assert config.vocab_size == 100
+    with pytest.raises(ValueError, match="unknown preset 'titans-340m': use one of titans-lmm-170m"):
+        TitansConfig.from_preset("titans-340m")
