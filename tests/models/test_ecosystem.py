@@ -320,3 +320,59 @@ def test_presets_by_name():
     assert config.vocab_size == 100
     with pytest.raises(ValueError, match="unknown preset 'titans-340m': use one of titans-lmm-170m"):
         TitansConfig.from_preset("titans-340m")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+@EVERY
+def test_lora(kind, tmp_path):
+    """PEFT's adapters on the projections of memory and attention: they alone learn, and they load."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, ids = titans(kind, "sliding_attention")(), text()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"])
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+    got = dict(model.base_model.model.named_parameters())
+    for name, value in before.items():
+        name = name if name in got else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(got[name], value)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    fresh = titans(kind, "sliding_attention")()
+    fresh.load_state_dict(before)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert_close("logits", loaded(ids).logits, model.eval()(ids).logits, torch.float32)
+
+
+def compiled_equals_eager(kind, backend):
+    model, ids, grads = titans(kind)(), text(2, SEGMENT + 1), []
+    torch._dynamo.reset()
+    for read in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        out = read(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        grads.append({"logits": out.logits.detach()})
+        grads[-1] |= {n: p.grad.clone() for n, p in model.named_parameters()}
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name], torch.float32)
+
+
+COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+
+
+@COMPILER
+@EVERY
+def test_compile_in_one_graph(kind):
+    compiled_equals_eager(kind, "aot_eager")
+
+
+@pytest.mark.slow
+@COMPILER
+@EVERY
+def test_compile_to_machine_code(kind):
+    compiled_equals_eager(kind, "inductor")

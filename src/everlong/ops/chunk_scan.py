@@ -10,6 +10,8 @@ does not depend on the memory is done for many chunks at once. And the memories 
 dimension M = B H, as `bmm` wants them.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -103,7 +105,8 @@ def read_layers(
     q: [M, N, K]; weights, momentum: at the chunk's start, [M, in, out]; inputs z and errors delta: of
     the whole chunk, [M, C, .].
     """
-    x, reads = q, list[LayerRead]()
+    reads: list[LayerRead] = []
+    x = q
     for layer, rows in enumerate(coefficients):
         if layer:
             x = F.gelu(reads[-1].out)
@@ -158,7 +161,8 @@ def carry_chunk(
     coefficients: Sequence[LayerCoefficients],
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """M_C and S_C, the state after a full chunk."""
-    new_weights, new_momentum = list[Tensor](), list[Tensor]()
+    new_weights: list[Tensor] = []
+    new_momentum: list[Tensor] = []
     for layer, now in enumerate(coefficients):
         z, error = inputs[layer], errors[layer]
         new = weights[layer] * now.last_memory_carry
@@ -223,9 +227,14 @@ def scan_chunks(
     state = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]
     inputs = (*rows, scale_of_each(scale, memories), *gates, *state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, *final = _ChunkScan.apply(layers, train, *inputs)
+    y, *final = _chunk_scan(layers, train, *inputs)
     final = [x.unflatten(0, memories) for x in final]
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
+
+
+@torch.compiler.allow_in_graph
+def _chunk_scan(layers: int, train: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return _ChunkScan.apply(layers, train, *inputs)
 
 
 class _ChunkScan(torch.autograd.Function):
@@ -307,8 +316,8 @@ class _Kept(NamedTuple):
     each: int  # tensors of a state
 
     def last_first(
-        self, text: "_Text", first: int, coefficients: list[list[LayerCoefficients]]
-    ) -> "Iterator[_Chunk]":
+        self, text: _Text, first: int, coefficients: list[list[LayerCoefficients]]
+    ) -> Iterator[_Chunk]:
         """The chunks of the block that begins at chunk `first`, from the last to the first."""
         starts = range(0, len(coefficients), self.interval)
         before = first // BLOCK * len(range(0, BLOCK, self.interval))
@@ -322,7 +331,7 @@ class _Kept(NamedTuple):
             while group:
                 yield group.pop()
 
-    def _state(self, at: int) -> "_State":
+    def _state(self, at: int) -> _State:
         return _State.of(self.states[at * self.each : (at + 1) * self.each], self.layers)
 
     def _products(self, index: int) -> Sequence[Tensor | None]:
@@ -337,7 +346,7 @@ class _State(NamedTuple):
     momentum: Sequence[Tensor] | None
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], layers: int) -> "_State":
+    def of(cls, tensors: Sequence[Tensor], layers: int) -> _State:
         return cls(tensors[:layers], tensors[layers:] or None)
 
     @property
@@ -355,7 +364,7 @@ class _Text(NamedTuple):
     gates: Gates  # [chunks, L, M, C]
 
     @classmethod
-    def of(cls, inputs: Sequence[Any], layers: int) -> "tuple[_Text, _State]":
+    def of(cls, inputs: Sequence[Any], layers: int) -> tuple[_Text, _State]:
         """From the arguments of the autograd function."""
         q, k, v, scale, theta, log_retain, log_eta, *state = inputs
         gates = Gates(theta, log_retain, log_eta)

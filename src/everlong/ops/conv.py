@@ -24,12 +24,17 @@ def causal_conv_silu(
             "belongs to another layer or batch"
         )
     tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
-    y = _ConvSilu.apply(x, weight, tail)
+    y = _conv_silu(x, weight, tail)
     if lengths is None:
         last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
         return y, last[:, last.shape[1] - reach :]
     index = (lengths[:, None] + torch.arange(reach)).to(x.device)
     return y, torch.cat([tail, x], 1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+@torch.compiler.allow_in_graph
+def _conv_silu(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    return _ConvSilu.apply(x, weight, tail)
 
 
 class _ConvSilu(torch.autograd.Function):

@@ -99,7 +99,7 @@ def chunk_coefficients(gates: Gates) -> ChunkCoefficients:
 
     gates: [..., C] each.
     """
-    return ChunkCoefficients(*_Coefficients.apply(*gates))
+    return ChunkCoefficients(*_coefficients(*gates))
 
 
 def coefficients_and_decays(gates: Gates) -> tuple[ChunkCoefficients, Decays]:
@@ -159,6 +159,11 @@ def coefficients_backward(
 def _sum_of_later(x: Tensor) -> Tensor:
     """Backward of `cumsum(-1)`."""
     return x.flip(-1).cumsum_(-1).flip(-1)
+
+
+@torch.compiler.allow_in_graph
+def _coefficients(*gates: Tensor | None) -> tuple[Any, ...]:
+    return _Coefficients.apply(*gates)
 
 
 class _Coefficients(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """The state of a neural memory between calls."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -43,7 +45,7 @@ class NeuralMemoryState(State):
         *,
         momentum: bool | Sequence[Tensor] = True,
         decay: bool = True,
-    ) -> "NeuralMemoryState":
+    ) -> NeuralMemoryState:
         """An empty open chunk on top of `weights` (per layer [B, H, in, out]).
 
         `momentum`: True starts S at zero, False is a memory without momentum, tensors start there.
@@ -148,7 +150,7 @@ class NeuralMemoryState(State):
         gates: Gates,
         start: int | Tensor,
         count: int | Tensor,
-    ) -> "NeuralMemoryState":
+    ) -> NeuralMemoryState:
         """The state with new rows in slots start ... start + count - 1 of the open chunk, which is
         not closed here. `start` and `count` are integers, or [B] where rows differ."""
 
@@ -177,9 +179,7 @@ class NeuralMemoryState(State):
             position=self.position + count,
         )
 
-    def reopen(
-        self, weights: Sequence[Tensor], momentum: Sequence[Tensor] | None
-    ) -> "NeuralMemoryState":
+    def reopen(self, weights: Sequence[Tensor], momentum: Sequence[Tensor] | None) -> NeuralMemoryState:
         """An empty open chunk on top of new weights and momentum."""
         fresh = NeuralMemoryState.initial(
             weights,
@@ -189,11 +189,11 @@ class NeuralMemoryState(State):
         )
         return replace(fresh, conv_tail=self.conv_tail)
 
-    def close(self) -> "NeuralMemoryState":
+    def close(self) -> NeuralMemoryState:
         """The open chunk ends here, however full: the next token is the first of a new one."""
         return self.reopen(*self.current())
 
-    def restart(self, fresh: Tensor, initial: "NeuralMemoryState") -> "NeuralMemoryState":
+    def restart(self, fresh: Tensor, initial: NeuralMemoryState) -> NeuralMemoryState:
         """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
         names = [field.name for field in fields(self) if field.name != "position"]
         chosen = {n: choose(fresh, getattr(initial, n), getattr(self, n)) for n in names}

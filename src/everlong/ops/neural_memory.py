@@ -11,6 +11,8 @@ matrix products alone, without ever forming M_t (section 3.2). Dimensions: B bat
 H heads, K key and value size, L layers of the memory network, C chunk length.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 
