@@ -1,5 +1,6 @@
 """Self-attention over a window, a segment or everything, with rotary positions and a cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +36,18 @@ class AttentionState(State):
         What a row sees is counted by its position, so keys need not be wiped.
         """
         return replace(self, position=choose_number(fresh, initial.position, self.position))
+
+    @classmethod
+    def join(cls, states: Sequence["AttentionState"]) -> "AttentionState":
+        """The rows of several states, one behind the other."""
+        slots = max(state.keys.shape[2] for state in states)
+
+        def wide(x: Tensor) -> Tensor:
+            return nn.functional.pad(x, (0, 0, slots - x.shape[2], 0))
+
+        return super().join(
+            [replace(state, keys=wide(state.keys), values=wide(state.values)) for state in states]
+        )
 
 
 register_dataclass(AttentionState)

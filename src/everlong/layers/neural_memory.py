@@ -180,9 +180,13 @@ class NeuralMemory(nn.Module):
             return output.y, output.state
         if state is not None:
             state.check_batch(x.shape[0])
-        begin = documents.begin(state, self.initial_state(1, x.dtype))
-        output = self.read_write(documents.gather(x), begin, documents.lengths)
-        return documents.scatter(output.y), documents.end(output.state)
+        y, states = torch.zeros_like(x), []
+        for group in documents.groups():
+            begin = group.begin(state, self.initial_state(1, x.dtype))
+            output = self.read_write(group.gather(x), begin, group.lengths)
+            y = y + group.scatter(output.y)
+            states.append((group, output.state))
+        return y, Documents.end(states)
 
     def read_write(
         self,

@@ -156,15 +156,28 @@ class TitansModel(TitansPreTrainedModel):
     def _read(
         self, x: Tensor, states: list[State | None], documents: Documents | None, trace: bool
     ) -> list[BlockOutput]:
-        """All layers over all tokens, [B, T, ...]: documents in rows of their own, gradients cut
-        where the config wants it. Returns the layers' outputs."""
-        lengths = None
-        if documents is not None:
-            x, lengths = documents.gather(x), documents.lengths
-            states = [
-                None if state is None else documents.begin(state, layer.initial_state(x.dtype))
+        """All layers over all tokens, [B, T, ...]: each document in a row of its own."""
+        if documents is None:
+            return self._run(x, states, None, trace)
+        read = []
+        for group in documents.groups():
+            begin = [
+                None if state is None else group.begin(state, layer.initial_state(x.dtype))
                 for state, layer in zip(states, self._layers(), strict=True)
             ]
+            outputs = self._run(group.gather(x), begin, group.lengths, trace)
+            read.append([(group, out) for out in outputs])
+        return [
+            join_pieces([out.map(group.scatter) for group, out in layer], _sum)._replace(
+                state=Documents.end([(group, out.state) for group, out in layer])
+            )
+            for layer in zip(*read, strict=True)
+        ]
+
+    def _run(
+        self, x: Tensor, states: list[State | None], lengths: Tensor | None, trace: bool
+    ) -> list[BlockOutput]:
+        """All layers over rows aligned left, with the gradients cut where the config wants it."""
         pieces = []
         for piece, count in self._pieces(x, lengths):
             if self.config.backprop_segments and torch.is_grad_enabled():
@@ -175,10 +188,7 @@ class TitansModel(TitansPreTrainedModel):
                 piece = outputs[-1].y
             states = [out.state for out in outputs]
             pieces.append(outputs)
-        whole = [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
-        if documents is None:
-            return whole
-        return [out.map(documents.scatter)._replace(state=documents.end(out.state)) for out in whole]
+        return [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
 
     def _layers(self) -> Iterator[TitansLayer]:
         """The layers, for a type checker."""
@@ -214,6 +224,10 @@ class TitansModel(TitansPreTrainedModel):
                 f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "
                 "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
             )
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def _documents(

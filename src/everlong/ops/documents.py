@@ -60,6 +60,31 @@ class Documents:
             shape=(real.shape[0], real.shape[1]),
         )
 
+    def groups(self) -> list["Documents"]:
+        """The documents in groups of about one length, where one group would be mostly pads.
+
+        `last` of a group is which of its documents are the last of a row.
+        """
+        if len(self.row) * self._longest <= 2 * len(self.tokens):
+            return [self]
+        groups: list[list[int]] = []
+        for document in self.lengths.argsort(descending=True, stable=True).tolist():
+            if not groups or 2 * self.lengths[document] < self.lengths[groups[-1][0]]:
+                groups.append([])
+            groups[-1].append(document)
+        return [self._subset(torch.tensor(sorted(group))) for group in groups]
+
+    def _subset(self, which: Tensor) -> "Documents":
+        owner = torch.arange(len(self.row)).repeat_interleave(self.lengths)
+        return Documents(
+            row=self.row[which],
+            fresh=self.fresh[which],
+            lengths=self.lengths[which],
+            tokens=self.tokens[torch.isin(owner, which)],
+            last=torch.isin(which, self.last).nonzero().squeeze(1),
+            shape=self.shape,
+        )
+
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] as [N, L, ...]: each document a row, aligned left, zeros behind it."""
         return self._put(
@@ -78,9 +103,13 @@ class Documents:
         state = state.select(self.row)
         return state.restart(self.fresh, initial) if bool(self.fresh.any()) else state
 
-    def end(self, state: Own) -> Own:
-        """The state of each row, from those of the documents."""
-        return state.select(self.last)
+    @staticmethod
+    def end(groups: list[tuple["Documents", Own]]) -> Own:
+        """The state of each row, from those of the documents of each group."""
+        states = [state.select(group.last) for group, state in groups if len(group.last)]
+        rows = torch.cat([group.row[group.last] for group, _ in groups])
+        joined = states[0] if len(states) == 1 else type(states[0]).join(states)
+        return joined.select(rows.argsort())
 
     @property
     def _longest(self) -> int:

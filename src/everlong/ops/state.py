@@ -71,6 +71,19 @@ class State:
         """The one row of this state, seen `batch` times."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
+    @classmethod
+    def join(cls: type[Own], states: Sequence[Own]) -> Own:
+        """The rows of several states of one kind, one behind the other."""
+        joined = {}
+        for field in fields(cls):
+            values = [getattr(state, field.name) for state in states]
+            if field.name == "position":
+                rows = [per_row(v, s.batch_size) for v, s in zip(values, states, strict=True)]
+                joined[field.name] = agreed(torch.cat(rows))
+            else:
+                joined[field.name] = _join(values)
+        return cls(**joined)
+
     def detach(self: Own) -> Own:
         """The same values without their history: gradients stop here."""
         return self.map(Tensor.detach)
@@ -123,6 +136,15 @@ def choose_number(rows: Tensor, left: PerRow, right: PerRow) -> PerRow:
     """As `choose`, for a number for each row."""
     batch = len(rows)
     return agreed(torch.where(rows, per_row(left, batch), per_row(right, batch)))
+
+
+def _join(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, tuple):
+        return tuple(_join(list(items)) for items in zip(*values, strict=True))
+    return type(first).join(values) if isinstance(first, State) else first
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor], skip: str | None = None) -> Any:

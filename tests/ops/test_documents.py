@@ -1,0 +1,72 @@
+"""Pads and documents: what is gathered, what goes back, and whose state is left."""
+
+import torch
+
+from everlong.ops.documents import Documents, put_tokens, take_tokens
+
+# Rows of a batch: . pads, letters the documents' tokens, capital where one starts.
+ROWS = ["..abC.cD", "Abbbbbbb", "........", "A.B.C.D."]
+
+
+def parse(continued):
+    real = torch.tensor([[c != "." for c in row] for row in ROWS])
+    starts = torch.tensor([[c.isupper() for c in row] for row in ROWS])
+    return Documents.of(real, starts, continued)
+
+
+def test_documents_of_a_batch():
+    documents = parse(True)
+    assert documents.row.tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 3]
+    assert documents.lengths.tolist() == [2, 2, 1, 8, 0, 1, 1, 1, 1]
+    assert documents.fresh.tolist() == [False, True, True, True, False, True, True, True, True]
+    assert documents.last.tolist() == [2, 3, 4, 8]
+    assert parse(False).fresh.all(), "without a state every document is new"
+
+
+def test_there_and_back():
+    documents = parse(True)
+    x = torch.randn(4, 8, 3)
+    rows = documents.gather(x)
+    assert rows.shape == (9, 8, 3)
+    assert torch.equal(rows[1, :2], x[0, [4, 6]])
+    assert not rows[1, 2:].any()
+    real = torch.tensor([[c != "." for c in row] for row in ROWS])
+    assert torch.equal(documents.scatter(rows), x * real[..., None])
+
+
+def test_groups_hold_every_document_once_and_few_pads():
+    documents, x = parse(True), torch.randn(4, 8, 3)
+    groups = documents.groups()
+    assert [g.lengths.tolist() for g in groups] == [[8], [2, 2, 1, 1, 1, 1, 1], [0]]
+    assert torch.equal(
+        sum(g.scatter(g.gather(x)) for g in groups), documents.scatter(documents.gather(x))
+    )
+    assert sorted(int(g.row[n]) for g in groups for n in g.last) == [0, 1, 2, 3]
+
+
+def test_plain_batches_need_no_documents():
+    real, none = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
+    start = none.clone()
+    start[:, 0] = True
+    assert Documents.of(real, none, True) is None
+    assert Documents.of(real, none, False) is None
+    assert Documents.of(real, start, False) is None
+    assert Documents.of(real, start, True).fresh.all()
+
+
+def test_nan_in_pads_stays_there():
+    x = torch.full((4, 8, 1), torch.nan)
+    for row, text in enumerate(ROWS):
+        for t, c in enumerate(text):
+            if c != ".":
+                x[row, t] = 1.0
+    assert parse(True).gather(x).isfinite().all()
+
+
+def test_take_and_put():
+    x = torch.arange(12.0).view(2, 6, 1)
+    start, count = torch.tensor([1, 4]), torch.tensor([3, 1])
+    part = take_tokens(x, start, count)
+    assert part[..., 0].tolist() == [[1, 2, 3], [10, 0, 0]]
+    back = put_tokens(torch.zeros_like(x), part, start, count)
+    assert back[..., 0].tolist() == [[0, 1, 2, 3, 0, 0], [0, 0, 0, 0, 10, 0]]
