@@ -18,8 +18,8 @@ def test_reads_and_continues():
 
 def test_sizes_of_the_memory():
     layer = NeuralMemory(12, 3, head_dim=5, depth=3, expansion=2)
-    assert [tuple(w.shape) for w in layer.memory_init] == [(3, 5, 10), (3, 10, 10), (3, 10, 5)]
-    assert [tuple(w.shape) for w in NeuralMemory(12, 3, depth=1).memory_init] == [(3, 4, 4)]
+    assert [tuple(w.weight.shape) for w in layer.memory_init] == [(3, 5, 10), (3, 10, 10), (3, 10, 5)]
+    assert [tuple(w.weight.shape) for w in NeuralMemory(12, 3, depth=1).memory_init] == [(3, 4, 4)]
 
 
 def test_a_fresh_layer_has_the_gates_it_was_told():
@@ -60,7 +60,7 @@ def test_memory_learns_what_it_reads():
 
     errors = []
     for _ in range(30):
-        recalled = read_neural_memory(k, state.weights, layer.memory_scale)
+        recalled = read_neural_memory(k, state.weights, layer.memory_scale())
         errors.append((recalled - v).square().sum().item())
         _, state = layer(x, state)
     assert errors[-1] < 0.5 * errors[0]

@@ -195,7 +195,8 @@ def test_half_precision(kind, dtype):
         out = model(ids, labels=ids, use_cache=True)
         out.loss.backward()
         model(ids, past_key_values=out.past_key_values)
-    assert (out.logits - want.logits).norm() < 0.03 * want.logits.norm()
+    # Eight numbers of eight bits a row: some percent of noise, and no more.
+    assert (out.logits - want.logits).norm() < 0.1 * want.logits.norm()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     half = copy.deepcopy(model).to(dtype)
     cache = half(ids, use_cache=True).past_key_values
@@ -214,11 +215,17 @@ def test_files_in_shards_and_device_maps(kind, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     with torch.no_grad():
         want = model(ids).logits
-        for places in ("cpu", {"": "cpu"}):
+        ends = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")
+        for places in ("cpu", {**ends, "model.layers.0": "disk", "model.layers.1": "cpu"}):
             loaded = AutoModelForCausalLM.from_pretrained(
-                tmp_path, dtype=torch.float64, device_map=places
+                tmp_path, dtype=torch.float64, device_map=places, offload_folder=tmp_path / "aside"
             )
-            assert torch.equal(loaded(ids).logits, want)
+            out = loaded(ids[:, :5], use_cache=True)
+            # The second row starts anew.
+            starts = torch.tensor([[1] * 14, [0, *[1] * 13]])
+            rest = loaded(ids[:, 5:], position_ids=starts, past_key_values=out.past_key_values)
+            assert_close("logits", torch.cat([out.logits, rest.logits], 1)[0], want[0])
+            assert_close("anew", rest.logits[1], model(ids[1:, 5:]).logits[0])
 
 
 @EVERY
@@ -271,7 +278,7 @@ def test_a_read_only_memory_never_changes(kind):
     ids = text(1)
     cache = frozen(ids, use_cache=True).past_key_values
     state = cache.layers[0].state
-    before = frozen.model.layers[0].initial_state(torch.float64)
+    before = frozen.model.layers[0].mixer.initial_state(torch.zeros(1, dtype=torch.float64))
     state, before = (s if kind == "lmm" else s.memory for s in (state, before))
     for got, want in zip(state.weights, before.weights, strict=True):
         assert_close("weights", got, want)

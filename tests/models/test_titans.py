@@ -31,7 +31,7 @@ def test_from_config_initialises_as_the_layer_does():
     memory = model.model.layers[0].mixer.memory
     assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.25), torch.float32)
     assert_close("theta", memory.theta_proj.bias.sigmoid(), torch.full((4,), 0.125), torch.float32)
-    assert memory.memory_init[0].std() > 0.1
+    assert memory.memory_init[0].weight.std() > 0.1
     assert memory.q_proj.weight.std() < 0.1
 
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_with_missing_parameters_gets_a_proper_start(tmp_path):
     loaded = TitansForCausalLM.from_pretrained(tmp_path)
     memory = loaded.model.layers[0].mixer.memory
     assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 1e-4), torch.float32)
-    assert memory.memory_scale.eq(1).all()
+    assert memory.memory_scale.weight.eq(1).all()
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in loaded.parameters())
 
 

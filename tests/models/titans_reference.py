@@ -41,9 +41,9 @@ class Memory:
 
     def __init__(self, layer):
         self.layer = layer
-        taps = [None] * 3 if layer.conv is None else layer.conv.chunk(3)
+        taps = [None] * 3 if layer.conv is None else layer.conv.weight.chunk(3)
         self.q_conv, self.k_conv, self.v_conv = (Conv(t) for t in taps)
-        self.now = [w * 1.0 for w in layer.memory_init]
+        self.now = [w.weight * 1.0 for w in layer.memory_init]
         self.momentum = [torch.zeros_like(w) for w in self.now]
         self.close()
 
@@ -65,7 +65,7 @@ class Memory:
             return hidden
         centred = hidden - hidden.mean(-1, keepdim=True)
         normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
-        return x + self.layer.memory_scale * normed
+        return x + self.layer.memory_scale.weight * normed
 
     def answer(self, x, weights, conv):
         """What the layer gives for x when its memory is `weights`."""
@@ -145,7 +145,7 @@ class Attention:
 
 
 def persistent(block):
-    return [] if block.persistent is None else list(block.persistent)
+    return [] if block.persistent is None else list(block.persistent.weight)
 
 
 def lmm(block, rows):
@@ -183,7 +183,7 @@ def mal(block, rows):
 
 def mac(block, rows):
     memory, outputs = Memory(block.memory), []
-    read_conv = Conv(None if block.memory.conv is None else block.memory.conv.chunk(3)[0])
+    read_conv = Conv(None if block.memory.conv is None else block.memory.conv.weight.chunk(3)[0])
     among = Attention(block.attention)
     for p in persistent(block):
         among.show(p)

@@ -3,5 +3,14 @@
 from everlong.layers.attention import Attention, AttentionState, SegmentAttention
 from everlong.layers.neural_memory import NeuralMemory
 from everlong.layers.norm import RMSNorm
+from everlong.layers.weight import Gate, Weight
 
-__all__ = ["Attention", "AttentionState", "NeuralMemory", "RMSNorm", "SegmentAttention"]
+__all__ = [
+    "Attention",
+    "AttentionState",
+    "Gate",
+    "NeuralMemory",
+    "RMSNorm",
+    "SegmentAttention",
+    "Weight",
+]

@@ -78,11 +78,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def initial_state(self, prefix: Tensor | None = None) -> AttentionState:
-        """The state of one row before its first token. prefix: [1, P, D] rows that every token sees."""
-        none = self.k_proj.weight.new_zeros(
-            1, self.k_proj.out_features // self.head_dim, 0, self.head_dim
-        )
+    def initial_state(self, like: Tensor, prefix: Tensor | None = None) -> AttentionState:
+        """The state of one row before its first token, in the type and on the device of `like`.
+
+        prefix: [1, P, D] rows that every token sees.
+        """
+        heads = self.k_proj.out_features // self.head_dim
+        none = like.new_zeros(1, heads, 0, self.head_dim)
         seen = (
             None
             if prefix is None
@@ -150,7 +152,7 @@ class Attention(nn.Module):
     def _checked(self, state: AttentionState | None, x: Tensor) -> AttentionState:
         """The state, or an empty one; refuses what is not this layer's."""
         if state is None:
-            return self.initial_state().expand(x.shape[0])
+            return self.initial_state(x).expand(x.shape[0])
         if not isinstance(state, AttentionState):
             raise ValueError(
                 f"attention wants an AttentionState, got {type(state).__name__}: it belongs to another "

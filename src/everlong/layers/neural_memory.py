@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
+from everlong.layers.weight import Gate, Weight
 from everlong.ops import (
     MemoryTrace,
     NeuralMemoryState,
@@ -101,46 +103,36 @@ class NeuralMemory(nn.Module):
         self.depth, self.chunk_size = depth, chunk_size
         self.momentum, self.decay = momentum, decay
         self.max_learning_rate = max_learning_rate
-        self.initial_alpha, self.initial_eta = initial_alpha, initial_eta
-        self.initial_theta = initial_theta
         self.read_only = False  # True: reads its state and writes nothing
 
         width = num_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
         self.v_proj = nn.Linear(hidden_size, width, bias=False)
-        self.conv = nn.Parameter(torch.empty(3 * width, conv_kernel)) if conv_kernel else None
-        self.theta_proj = nn.Linear(hidden_size, num_heads * depth)
-        self.alpha_proj = nn.Linear(hidden_size, num_heads * depth) if decay else None
-        self.eta_proj = nn.Linear(hidden_size, num_heads * depth) if momentum else None
+        self.conv = None
+        if conv_kernel:
+            bound = 1 / math.sqrt(conv_kernel)
+            uniform = partial(nn.init.uniform_, a=-bound, b=bound)
+            self.conv = Weight(3 * width, conv_kernel, start=uniform)
+        gates = num_heads * depth
+        self.theta_proj = Gate(hidden_size, gates, initial_theta)
+        self.alpha_proj = Gate(hidden_size, gates, initial_alpha) if decay else None
+        self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
-        self.memory_init = nn.ParameterList(
-            nn.Parameter(torch.empty(num_heads, *shape)) for shape in pairwise(sizes)
+        self.memory_init = nn.ModuleList(
+            Weight(num_heads, *shape, start=partial(nn.init.normal_, std=1 / math.sqrt(shape[0])))
+            for shape in pairwise(sizes)
         )
-        self.memory_scale = nn.Parameter(torch.empty(num_heads, head_dim)) if residual_norm else None
+        self.memory_scale = None
+        if residual_norm:
+            self.memory_scale = Weight(num_heads, head_dim, start=nn.init.ones_)
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initial values of all but the plain projections (models call this again)."""
-        if self.conv is not None:
-            bound = 1 / math.sqrt(self.conv.shape[1])
-            nn.init.uniform_(self.conv, -bound, bound)
-        for weight in self.memory_init:
-            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
-        if self.memory_scale is not None:
-            nn.init.ones_(self.memory_scale)
-        nn.init.constant_(self.theta_proj.bias, _logit(self.initial_theta))
-        if self.alpha_proj is not None:
-            nn.init.constant_(self.alpha_proj.bias, _logit(self.initial_alpha))
-        if self.eta_proj is not None:
-            nn.init.constant_(self.eta_proj.bias, _logit(self.initial_eta))
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""
-        weights = [w.expand(batch_size, *w.shape) for w in self.memory_init]
+        weights = [w.expand(batch_size, *w.shape) for w in self._start()]
         dtype = torch.promote_types(dtype or weights[0].dtype, torch.float32)
         state = NeuralMemoryState.initial(
             [w.to(dtype) for w in weights],
@@ -149,7 +141,8 @@ class NeuralMemory(nn.Module):
             decay=self.decay,
         )
         if self.conv is not None:
-            tail = self.conv.new_zeros(batch_size, self.conv.shape[1] - 1, self.conv.shape[0])
+            taps = self.conv()
+            tail = taps.new_zeros(batch_size, taps.shape[1] - 1, taps.shape[0])
             state = replace(state, conv_tail=tail)
         return state
 
@@ -182,7 +175,9 @@ class NeuralMemory(nn.Module):
             state.check_batch(x.shape[0])
         y, states = torch.zeros_like(x), []
         for group in documents.groups():
-            begin = group.begin(state, self.initial_state(1, x.dtype))
+            begin = group.begin(state)
+            if begin is not None and bool(group.fresh.any()):
+                begin = begin.restart(group.fresh, self.initial_state(len(group.row), x.dtype))
             output = self.read_write(group.gather(x), begin, group.lengths)
             y = y + group.scatter(output.y)
             states.append((group, output.state))
@@ -203,19 +198,16 @@ class NeuralMemory(nn.Module):
         state = self._checked(x, state)
         q, k, v, tail = self._rows(x, state.conv_tail, lengths)
         gates = self._gates(x, state.dtype)
+        scale = self._scale()
         if self.read_only:
             gates = gates._replace(theta=torch.zeros_like(gates.theta))
-            y = read_neural_memory(q, state.current()[0], self.memory_scale)
+            y = read_neural_memory(q, state.current()[0], scale)
             after = state
         else:
-            y, after = chunk_neural_memory(
-                q, k, v, *gates, state=state, scale=self.memory_scale, lengths=lengths
-            )
+            y, after = chunk_neural_memory(q, k, v, *gates, state=state, scale=scale, lengths=lengths)
         report = None
         if trace:
-            report = trace_neural_memory(
-                k, v, gates, state=state, scale=self.memory_scale, lengths=lengths
-            )
+            report = trace_neural_memory(k, v, gates, state=state, scale=scale, lengths=lengths)
         strength = gates.theta * (self.chunk_size / self.max_learning_rate)
         return MemoryOutput(self._out(y, x), replace(after, conv_tail=tail), strength, report)
 
@@ -227,16 +219,22 @@ class NeuralMemory(nn.Module):
         x: [B, T, D]. Returns y [B, T, D] and the tail for the next call.
         """
         q, tail = self.queries(x, tail, lengths)
-        return self._out(read_neural_memory(q, weights, self.memory_scale), x), tail
+        return self._out(read_neural_memory(q, weights, self._scale()), x), tail
 
     def queries(
         self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, T, H, K] alone, and the tail of its convolution."""
         q = self.q_proj(x)
-        taps = None if self.conv is None else self.conv.to(q.dtype)[: q.shape[-1]]
+        taps = None if self.conv is None else self.conv().to(q.dtype)[: q.shape[-1]]
         q, tail = _conv_silu(q, taps, tail, lengths)
         return unit_length(q.unflatten(-1, (self.num_heads, self.head_dim))), tail
+
+    def _start(self) -> list[Tensor]:
+        return [weight() for weight in self.memory_init]
+
+    def _scale(self) -> Tensor | None:
+        return None if self.memory_scale is None else self.memory_scale()
 
     def _out(self, y: Tensor, x: Tensor) -> Tensor:
         """W_o (silu(x W_g) * norm(y)) of what was read, y [B, T, H, K]."""
@@ -266,7 +264,7 @@ class NeuralMemory(nn.Module):
     def _check_state(self, state: NeuralMemoryState) -> None:
         """Refuse a state whose memory is not this layer's (the op checks type and device)."""
         if state.conv_tail is not None:
-            taps = 1 if self.conv is None else self.conv.shape[1]
+            taps = 1 if self.conv is None else self.conv.weight.shape[1]
             want_tail = [taps - 1, 3 * self.num_heads * self.head_dim]
             if self.conv is None or list(state.conv_tail.shape[1:]) != want_tail:
                 raise ValueError(
@@ -274,7 +272,7 @@ class NeuralMemory(nn.Module):
                     f"the layer wants {want_tail}: it belongs to another layer or model"
                 )
         got = [list(w.shape[1:]) for w in state.weights]
-        want = [list(w.shape) for w in self.memory_init]
+        want = [list(w.shape) for w in self._start()]
         if state.chunk_size != self.chunk_size or got != want:
             raise ValueError(
                 f"state was built with chunk_size {state.chunk_size} and memory weights {got} but the "
@@ -286,7 +284,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [B, T, H, K] and the convolution's tail."""
         rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        taps = [None] * 3 if self.conv is None else self.conv.to(rows[0].dtype).chunk(3)
+        taps = [None] * 3 if self.conv is None else self.conv().to(rows[0].dtype).chunk(3)
         tails = [None] * 3 if tail is None else tail.chunk(3, -1)
         pairs = [_conv_silu(*each, lengths) for each in zip(rows, taps, tails, strict=True)]
         q, k, v = (row.unflatten(-1, (self.num_heads, self.head_dim)) for row, _ in pairs)
@@ -327,7 +325,3 @@ def _check_gates(**gates: float) -> None:
     for name, gate in gates.items():
         if not 0 < gate < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))

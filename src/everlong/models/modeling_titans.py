@@ -12,11 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from everlong.layers import NeuralMemory, RMSNorm
+from everlong.layers import Gate, RMSNorm, Weight
 from everlong.models.cache import TitansCache
 from everlong.models.card import write_card
 from everlong.models.configuration_titans import TitansConfig
-from everlong.models.titans_blocks import BLOCKS, BlockOutput, MemoryBlock, join_pieces
+from everlong.models.titans_blocks import BLOCKS, BlockOutput, join_pieces
 from everlong.ops import MemoryTrace
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
@@ -32,15 +32,16 @@ class TitansLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def initial_state(self, dtype: torch.dtype) -> State:
-        """The block's, of one row before its first token."""
-        return self.mixer.initial_state(dtype)
-
     def forward(
-        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, trace: bool = False
+        self,
+        x: Tensor,
+        state: Any = None,
+        lengths: Tensor | None = None,
+        fresh: Tensor | None = None,
+        trace: bool = False,
     ) -> BlockOutput:
         """x: [B, T, D]. As the block, whose output it gives with its own y."""
-        output = self.mixer(self.input_norm(x), state, lengths, trace)
+        output = self.mixer(self.input_norm(x), state, lengths, fresh, trace)
         x = x + output.y
         return output._replace(y=x + self.mlp(self.mlp_norm(x)))
 
@@ -52,7 +53,8 @@ class TitansPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TitansLayer"]
-    _skip_keys_device_placement = "past_key_values"
+    # Of a call: what counts tokens stays on the CPU, wherever a layer is.
+    _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
     _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,11 +66,13 @@ class TitansPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
+            if isinstance(module, Gate):
+                module.reset_bias()
+            elif module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (NeuralMemory, MemoryBlock, RMSNorm)):
+        elif isinstance(module, (Weight, RMSNorm)):
             module.reset_parameters()
 
 
@@ -145,9 +149,12 @@ class TitansModel(TitansPreTrainedModel):
             for cached, out in zip(past_key_values.layers, outputs, strict=True):
                 cached.state = out.state
                 cached.seen += x.shape[1]
-        strengths = [out.strength.mean((-1, -2)) for out in outputs if out.strength is not None]
+        y = outputs[-1].y
+        strengths = [
+            out.strength.mean((-1, -2)).to(y.device) for out in outputs if out.strength is not None
+        ]
         return TitansModelOutput(
-            last_hidden_state=self.norm(outputs[-1].y),
+            last_hidden_state=self.norm(y),
             past_key_values=past_key_values,
             written=torch.stack(strengths).mean(0) if strengths else None,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
@@ -161,11 +168,8 @@ class TitansModel(TitansPreTrainedModel):
             return self._run(x, states, None, trace)
         read = []
         for group in documents.groups():
-            begin = [
-                None if state is None else group.begin(state, layer.initial_state(x.dtype))
-                for state, layer in zip(states, self._layers(), strict=True)
-            ]
-            outputs = self._run(group.gather(x), begin, group.lengths, trace)
+            begin = [group.begin(state) for state in states]
+            outputs = self._run(group.gather(x), begin, group, trace)
             read.append([(group, out) for out in outputs])
         return [
             join_pieces([out.map(group.scatter) for group, out in layer], _sum)._replace(
@@ -175,18 +179,19 @@ class TitansModel(TitansPreTrainedModel):
         ]
 
     def _run(
-        self, x: Tensor, states: list[State | None], lengths: Tensor | None, trace: bool
+        self, x: Tensor, states: list[State | None], group: Documents | None, trace: bool
     ) -> list[BlockOutput]:
         """All layers over rows aligned left, with the gradients cut where the config wants it."""
         pieces = []
+        fresh, lengths = (None, None) if group is None else (group.fresh, group.lengths)
         for piece, count in self._pieces(x, lengths):
             if self.config.backprop_segments and torch.is_grad_enabled():
                 states = [None if state is None else state.detach() for state in states]
             outputs = []
             for layer, state in zip(self._layers(), states, strict=True):
-                outputs.append(layer(piece, state, count, trace))
+                outputs.append(layer(piece, state, lengths=count, fresh=fresh, trace=trace))
                 piece = outputs[-1].y
-            states = [out.state for out in outputs]
+            states, fresh = [out.state for out in outputs], None
             pieces.append(outputs)
         return [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from everlong.layers import Attention, AttentionState, NeuralMemory, RMSNorm, SegmentAttention
+from everlong.layers import (
+    Attention,
+    AttentionState,
+    NeuralMemory,
+    RMSNorm,
+    SegmentAttention,
+    Weight,
+)
 from everlong.models.configuration_titans import TitansConfig
 from everlong.ops import MemoryTrace, NeuralMemoryState
 from everlong.ops.documents import put_tokens, take_tokens
@@ -112,22 +119,33 @@ class Block(nn.Module):
 
     state_type: type[State]
 
-    def initial_state(self, dtype: torch.dtype) -> State:
-        """The state of one row before its first token, the persistent rows read."""
+    def initial_state(self, like: Tensor) -> State:
+        """The state of one row before its first token, the persistent rows read.
+
+        like: gives the type, and the device, of the rows to come.
+        """
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, trace: bool = False
+        self,
+        x: Tensor,
+        state: Any = None,
+        lengths: Tensor | None = None,
+        fresh: Tensor | None = None,
+        trace: bool = False,
     ) -> BlockOutput:
         """x: [B, T, D]; state: where an earlier call stopped (None: a document's start); lengths: [B]
-        on the CPU, the real tokens of each row, aligned left (default: all)."""
+        on the CPU, the real tokens of each row, aligned left (default: all); fresh: [B] on the CPU,
+        rows that start a document in spite of the state."""
         if state is None:
-            state = self.initial_state(x.dtype).expand(x.shape[0])
+            state = self.initial_state(x).expand(x.shape[0])
         elif not isinstance(state, self.state_type):
             raise ValueError(
                 f"the layer wants a {self.state_type.__name__}, got a {type(state).__name__}: it "
                 "belongs to another model"
             )
+        elif fresh is not None and bool(fresh.any()):
+            state = state.restart(fresh, self.initial_state(x).expand(x.shape[0]))
         return self.mix(x, state, lengths, trace)
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
@@ -144,9 +162,9 @@ class AttentionBlock(Block):
         super().__init__()
         self.attention = Attention(*_attention_sizes(config), window, config.rope_theta)
 
-    def initial_state(self, dtype: torch.dtype) -> AttentionState:
+    def initial_state(self, like: Tensor) -> AttentionState:
         """No keys."""
-        return self.attention.initial_state()
+        return self.attention.initial_state(like)
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """y = Attn(x)."""
@@ -180,31 +198,24 @@ class MemoryBlock(Block):
         )
         self.memory.read_only = config.memory_read_only
         rows = config.num_persistent_tokens
-        self.persistent = nn.Parameter(torch.empty(rows, config.hidden_size)) if rows else None
-        self.reset_parameters()
+        # As large as the normed rows they stand before.
+        self.persistent = Weight(rows, config.hidden_size, start=nn.init.normal_) if rows else None
 
-    def reset_parameters(self) -> None:
-        """Initial persistent rows, as large as the normed rows they stand before."""
-        if self.persistent is not None:
-            nn.init.normal_(self.persistent)
-
-    def initial_state(self, dtype: torch.dtype) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The memory after the persistent rows."""
-        return self._absorb(self._prefix(dtype), dtype)[1]
+        return self._absorb(self._prefix(like), like)[1]
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """y = M(x)."""
         return BlockOutput(*self.memory.read_write(x, state, lengths, trace))
 
-    def _prefix(self, dtype: torch.dtype) -> Tensor | None:
+    def _prefix(self, like: Tensor) -> Tensor | None:
         """The persistent rows, [1, P, D]."""
-        return None if self.persistent is None else self.persistent.to(dtype).unsqueeze(0)
+        return None if self.persistent is None else self.persistent().to(like.dtype).unsqueeze(0)
 
-    def _absorb(
-        self, rows: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, NeuralMemoryState]:
+    def _absorb(self, rows: Tensor | None, like: Tensor) -> tuple[Tensor | None, NeuralMemoryState]:
         """What an empty memory answers to rows [1, P, D], and its state after them, in a new chunk."""
-        state = self.memory.initial_state(1, dtype)
+        state = self.memory.initial_state(1, like.dtype)
         if rows is None:
             return None, state
         output = self.memory.read_write(rows, state)
@@ -221,11 +232,11 @@ class MAG(MemoryBlock):
         self.attention = _sliding(config)
         self.attention_norm, self.memory_norm = _norm(config), _norm(config)
 
-    def initial_state(self, dtype: torch.dtype) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The memory after the persistent rows, and these in every token's sight."""
-        prefix = self._prefix(dtype)
+        prefix = self._prefix(like)
         return MemoryAndAttentionState(
-            self._absorb(prefix, dtype)[1], self.attention.initial_state(prefix)
+            self._absorb(prefix, like)[1], self.attention.initial_state(like, prefix)
         )
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
@@ -247,11 +258,11 @@ class MAL(MemoryBlock):
         self.memory_norm = _norm(config)
         self.attention = _sliding(config)
 
-    def initial_state(self, dtype: torch.dtype) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The memory after the persistent rows, and its answers to them in every token's sight."""
-        y, memory = self._absorb(self._prefix(dtype), dtype)
+        y, memory = self._absorb(self._prefix(like), like)
         prefix = None if y is None else self.memory_norm(y)
-        return MemoryAndAttentionState(memory, self.attention.initial_state(prefix))
+        return MemoryAndAttentionState(memory, self.attention.initial_state(like, prefix))
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """See the class."""
@@ -278,15 +289,15 @@ class MAC(MemoryBlock):
         )
         self.attention_norm, self.memory_norm = _norm(config), _norm(config)
 
-    def initial_state(self, dtype: torch.dtype) -> State:
+    def initial_state(self, like: Tensor) -> State:
         """The memory after the attention's outputs of the persistent rows over themselves."""
-        prefix = self._prefix(dtype)
+        prefix = self._prefix(like)
         rows = None if prefix is None else self.attention_norm(self.attention.over_prefix(prefix))
-        memory = self._absorb(rows, dtype)[1]
+        memory = self._absorb(rows, like)[1]
         tail = memory.conv_tail
         if tail is not None:  # of q alone: zeros, or the persistent rows' last
             tail = tail.chunk(3, -1)[0] if prefix is None else self.memory.queries(prefix)[1]
-        return MACState(memory, self.attention.initial_state(prefix), memory.weights, tail)
+        return MACState(memory, self.attention.initial_state(like, prefix), memory.weights, tail)
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """See the class."""

@@ -95,13 +95,9 @@ class Documents:
         """Back: [N, L, ...] as [B, T, ...], zeros at pads."""
         return self._put(y, y.flatten(0, 1), self._places(), self.tokens, self.shape)
 
-    def begin(self, state: Own | None, initial: Own) -> Own:
-        """The state of each document, from those of the rows (None: all new) and an empty one [1]."""
-        initial = initial.expand(len(self.row))
-        if state is None:
-            return initial
-        state = state.select(self.row)
-        return state.restart(self.fresh, initial) if bool(self.fresh.any()) else state
+    def begin(self, state: Own | None) -> Own | None:
+        """The state of each document's row (None: all are new); `fresh` ones have yet to restart."""
+        return None if state is None else state.select(self.row)
 
     @staticmethod
     def end(groups: list[tuple["Documents", Own]]) -> Own:
