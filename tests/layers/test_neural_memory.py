@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from everlong import NeuralMemory
+from everlong.ops import read_neural_memory
 from numerics import assert_close
 
 
@@ -49,6 +50,19 @@ def test_states_stay_in_float32_under_autocast():
     assert (y - want).norm() < 0.03 * want.norm()
 
 
+def test_what_is_read_under_autocast_is_read_in_float32():
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2, chunk_size=4)
+    with torch.no_grad():
+        _, state = layer(torch.randn(1, 3, 8))
+        q = torch.nn.functional.normalize(torch.randn(1, 5, 2, 4), dim=-1)
+        wanted = state.current()[0], read_neural_memory(q, state.weights, layer.memory_scale())
+        with torch.autocast("cpu", torch.bfloat16):
+            got = state.current()[0], read_neural_memory(q, state.weights, layer.memory_scale())
+    assert all(torch.equal(g, w) for g, w in zip(got[0], wanted[0], strict=True))
+    assert torch.equal(got[1], wanted[1])
+
+
 def test_memory_learns_what_it_reads():
     """The point of it all: a pair read often is recalled better than before."""
     torch.manual_seed(0)
@@ -56,8 +70,6 @@ def test_memory_learns_what_it_reads():
     x = torch.randn(1, 1, 16)
     state = layer.initial_state(1)
     _, k, v, _ = layer._rows(x, None)
-    from everlong.ops import read_neural_memory
-
     errors = []
     for _ in range(30):
         recalled = read_neural_memory(k, state.weights, layer.memory_scale())

@@ -357,23 +357,34 @@ def test_lora(kind, tmp_path):
 
 
 def compiled_equals_eager(kind, backend):
+    """Training at two lengths, and reading on from a cache, in one graph each."""
     model, ids, grads = titans(kind)(), text(2, SEGMENT + 1), []
     torch._dynamo.reset()
     for read in (model, torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
-        out = read(ids, labels=ids, use_cache=False)
-        out.loss.backward()
-        grads.append({"logits": out.logits.detach()})
-        grads[-1] |= {n: p.grad.clone() for n, p in model.named_parameters()}
+        found = {}
+        for tokens in (SEGMENT + 1, SEGMENT - 1):
+            piece = ids[:, :tokens].clone()
+            out = read(piece, labels=piece, use_cache=False)
+            out.loss.backward()
+            found[f"logits of {tokens}"] = out.logits.detach()
+        found |= {n: p.grad.clone() for n, p in model.named_parameters()}
+        grads.append(found)
     for name in grads[0]:
         assert_close(name, grads[1][name], grads[0][name], torch.float32)
+    with torch.no_grad():
+        want = model(ids).logits
+        cache = TitansCache(1)
+        read(ids[:, :5].clone(), past_key_values=cache)
+        got = [read(token.clone(), past_key_values=cache).logits for token in ids[:, 5:].split(1, 1)]
+    assert_close("decoded", torch.cat(got, 1), want[:, 5:], torch.float32)
 
 
 COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 
 
 @COMPILER
-@EVERY
+@pytest.mark.parametrize("kind", ["lmm", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
 def test_compile_in_one_graph(kind):
     compiled_equals_eager(kind, "aot_eager")
 
@@ -383,3 +394,77 @@ def test_compile_in_one_graph(kind):
 @EVERY
 def test_compile_to_machine_code(kind):
     compiled_equals_eager(kind, "inductor")
+
+
+@EVERY
+def test_documents_that_start_in_a_carried_row_train_what_they_see(kind):
+    """Law 6 in streams: the row's old state is cut off and stale; the new document is as if alone."""
+    model, ids = make(kind).train(), text(2, 3 * SEGMENT)
+    cache = model(ids[:, :7], use_cache=True).past_key_values.detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    new, positions = ids[:, 7:], torch.arange(ids.shape[1] - 7)[None]
+    got = model(new, position_ids=positions, past_key_values=cache).logits
+    got.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    want = model(new).logits
+    want.square().sum().backward()
+    assert_close("logits", got, want)
+    for name, parameter in model.named_parameters():
+        assert_close(name, grads[name], parameter.grad)
+
+
+@EVERY
+def test_a_memory_does_not_change_with_the_parameters(kind):
+    model, ids = make(kind, num_persistent_tokens=0), text(1, 3)
+    state = model(ids, use_cache=True).past_key_values.detach().layers[0].state
+    before = {name: x.clone() for name, x in state.tensors().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for name, value in state.tensors().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_generate_from_needs_no_no_grad():
+    model, ids = make("mac"), text()
+    cache = model(ids, use_cache=True).past_key_values
+    asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert model.generate_from(cache, ids[:, :3], **asked).shape == (2, 6)
+    asked |= {"num_return_sequences": 2, "num_beams": 2}
+    assert model.generate_from(cache, ids[:, :3], **asked).shape == (4, 6)
+    for wrong in ({"use_cache": False}, {"past_key_values": None}):
+        arguments = {"past_key_values": cache, "input_ids": ids, **wrong}
+        with pytest.raises(ValueError, match="goes on from a TitansCache"):
+            model.generate_from(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("segment_length", 4), ("sliding_window", 3), ("num_persistent_tokens", 1)]
+)
+def test_a_cache_of_a_model_with_other_states_is_refused(field, value, tmp_path):
+    cache = make("mac")(text(), use_cache=True).past_key_values
+    cache.save(tmp_path / "memory.safetensors")
+    for held in (cache, TitansCache.load(tmp_path / "memory.safetensors")):
+        with pytest.raises(ValueError, match=f"belongs to another model, with {field}"):
+            make("mac", **{field: value})(text(), past_key_values=held)
+
+
+def test_a_float32_memory_in_a_half_precision_model():
+    model, ids = make("mag").float(), text()
+    cache = model(ids, use_cache=True).past_key_values
+    assert model.bfloat16()(ids, past_key_values=cache).logits.isfinite().all()
+
+
+@EVERY
+def test_hidden_states(kind):
+    model, ids = make(kind), text()
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    assert_close("logits", model.lm_head(out.hidden_states[-1]), out.logits)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (2, 0))
+    padded = model(torch.nn.functional.pad(ids, (2, 0)), attention_mask=mask, output_hidden_states=True)
+    for got, want in zip(padded.hidden_states, out.hidden_states, strict=True):
+        assert_close("hidden", got[:, 2:], want)

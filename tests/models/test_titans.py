@@ -125,7 +125,9 @@ def refused(model, message, **arguments):
 def test_what_is_not_supported_is_refused(model):
     refused(model, r"attention_mask must be \[B, T\]", attention_mask=torch.ones(2, 4))
     refused(model, r"attention_mask must be \[B, T\]", attention_mask=torch.ones(2, 1, 5, 5))
+    refused(model, r"attention_mask must be \[B, T\]", attention_mask=torch.ones(2, 9))
     refused(model, "position_ids must be", position_ids=torch.tensor([[0, 1, 0, 1]]))
+    refused(model, "position_ids must be", position_ids=torch.zeros(3, 5).long())
     refused(model, "must be a TitansCache, got DynamicCache", past_key_values=DynamicCache())
     cache = model(torch.randint(11, (1, 3)), use_cache=True).past_key_values
     refused(model, "batch 1 but the input has batch 2", past_key_values=cache)
@@ -146,6 +148,13 @@ def test_what_is_not_supported_is_refused(model):
         ("not a multiple of num_key_value_heads", {"num_key_value_heads": 3}),
         ("head_dim must be even", {"head_dim": 3}),
         ("sliding_window must be at least 1", {"sliding_window": 0}),
+        ("num_attention_heads must be at least 1", {"num_attention_heads": 0}),
+        ("num_hidden_layers must be at least 1", {"num_hidden_layers": 0}),
+        ("not a multiple of num_memory_heads", {"num_memory_heads": 3}),
+        ("num_memory_heads must be at least 1", {"num_memory_heads": 0}),
+        ("memory_write_cost must be at least 0", {"memory_write_cost": -1.0}),
+        ("pad_token_id", {"pad_token_id": 32000}),
+        ("not a multiple of chunk_size", {"layer_types": ["mac", "lmm"], "segment_length": 100}),
         ("hidden_size", {"hidden_size": "wide"}),
     ],
 )

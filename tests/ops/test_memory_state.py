@@ -20,6 +20,8 @@ def test_select_and_repeat(state):
     assert_states_close("repeat", state.repeat(2), state.select([0, 0, 1, 1, 2, 2]))
     with pytest.raises(ValueError, match="rows must lie in 0"):
         state.select([3])
+    with pytest.raises(ValueError, match="must be indices, got booleans"):
+        state.select(torch.tensor([True, False, True]))
 
 
 def test_detach_cuts_the_history(state):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
-from everlong.ops.state import PerRow, State, agreed, choose_number
+from everlong.ops.state import PerRow, State, agreed, choose, choose_number
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class AttentionState(State):
         return self.keys.shape[0]
 
     def restart(self, fresh: Tensor, initial: "AttentionState") -> "AttentionState":
-        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds.
-
-        What a row sees is counted by its position, so keys need not be wiped.
-        """
-        return replace(self, position=choose_number(fresh, initial.position, self.position))
+        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
+        return AttentionState(
+            # What a row sees is counted by its position; but a key that is not finite would show.
+            choose(fresh, torch.zeros_like(self.keys), self.keys),
+            choose(fresh, torch.zeros_like(self.values), self.values),
+            choose_number(fresh, initial.position, self.position),
+            choose(fresh, initial.prefix, self.prefix),
+        )
 
     @classmethod
     def join(cls, states: Sequence["AttentionState"]) -> "AttentionState":
@@ -231,7 +234,7 @@ def rotate(positions: Tensor, theta: float, *rows: Tensor) -> list[Tensor]:
 
 
 def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past, new], 2) if past.shape[2] else new
+    return torch.cat([past.to(new.dtype), new], 2) if past.shape[2] else new
 
 
 def _at_most(number: PerRow, bound: int) -> PerRow:

@@ -132,10 +132,12 @@ class NeuralMemory(nn.Module):
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""
-        weights = [w.expand(batch_size, *w.shape) for w in self._start()]
+        weights = self._start()
         dtype = torch.promote_types(dtype or weights[0].dtype, torch.float32)
+        # Copies: a memory is not to change when an optimizer changes where memories start.
+        weights = [w.to(dtype, copy=True).expand(batch_size, *w.shape) for w in weights]
         state = NeuralMemoryState.initial(
-            [w.to(dtype) for w in weights],
+            weights,
             self.chunk_size,
             momentum=self.momentum,
             decay=self.decay,

@@ -1,5 +1,6 @@
 """What a Titans model keeps between calls, as a `transformers` cache."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,22 @@ class StateLayer(CacheLayerMixin):
 class TitansCache(Cache):
     """A state for each layer; `past_key_values` of one call continues in the next."""
 
-    def __init__(self, num_hidden_layers: int) -> None:
+    def __init__(self, num_hidden_layers: int, made_by: dict[str, Any] | None = None) -> None:
         super().__init__(layers=[StateLayer() for _ in range(num_hidden_layers)])
+        self.made_by = made_by  # what `state_fields` of the model's configuration says
+
+    def check(self, made_by: dict[str, Any]) -> None:
+        """Refuse a cache that a model with other states has filled; note who fills an empty one."""
+        if self.made_by is None:
+            self.made_by = made_by
+        if self.made_by == made_by:
+            return
+        wrong = [
+            f"{name} {self.made_by.get(name)} instead of {value}"
+            for name, value in made_by.items()
+            if self.made_by.get(name) != value
+        ]
+        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong)}")
 
     @property
     def batch_size(self) -> int:
@@ -91,6 +106,14 @@ class TitansCache(Cache):
             layer.state = None if layer.state is None else layer.state.detach()
         return self
 
+    def copy(self) -> "TitansCache":
+        """Another cache at the same place, without history; what one reads the other does not see."""
+        new = TitansCache(len(self.layers), self.made_by)
+        for mine, its in zip(self.layers, new.layers, strict=True):
+            its.seen = mine.seen
+            its.state = None if mine.state is None else mine.state.detach()
+        return new
+
     def to(self, device: torch.device | str) -> "TitansCache":
         """Move every state to a device, in place. Returns itself."""
         for layer in self.layers:
@@ -99,7 +122,8 @@ class TitansCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write all states to one safetensors file: the memory apart from the model."""
-        save_states([[layer.seen, layer.state] for layer in self.layers], path)
+        layers = [[layer.seen, layer.state] for layer in self.layers]
+        save_states({"made_by": json.dumps(self.made_by), "layers": layers}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TitansCache":
@@ -107,10 +131,10 @@ class TitansCache(Cache):
 
         Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
         """
-        layers = load_states(path, STATES)
-        if not isinstance(layers, tuple):
+        held = load_states(path, STATES)
+        if not isinstance(held, dict):
             raise ValueError(f"{path} holds the state of one layer, not the cache of a model")
-        cache = cls(len(layers))
-        for layer, (seen, state) in zip(cache.layers, layers, strict=True):
+        cache = cls(len(held["layers"]), json.loads(held["made_by"]))
+        for layer, (seen, state) in zip(cache.layers, held["layers"], strict=True):
             layer.seen, layer.state = seen, state
         return cache.to(device)

@@ -7,6 +7,24 @@ from transformers import PreTrainedConfig
 
 from everlong.models.presets import preset_fields
 
+STATE_FIELDS = (
+    "layer_types",
+    "hidden_size",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "segment_length",
+    "num_persistent_tokens",
+    "num_memory_heads",
+    "memory_head_dim",
+    "memory_depth",
+    "memory_expansion",
+    "chunk_size",
+    "conv_kernel",
+    "memory_momentum",
+    "memory_decay",
+    "memory_residual_norm",
+)
 LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 
 
@@ -97,11 +115,12 @@ class TitansConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.num_memory_heads is None:
             self.num_memory_heads = self.num_attention_heads
-        if self.memory_head_dim is None:
-            self.memory_head_dim = self.hidden_size // self.num_memory_heads
+        heads = self.num_memory_heads
+        if self.memory_head_dim is None and heads > 0 and self.hidden_size % heads == 0:
+            self.memory_head_dim = self.hidden_size // heads
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -111,6 +130,10 @@ class TitansConfig(PreTrainedConfig):
         Raises ValueError, with the names there are, for an unknown one.
         """
         return cls(**(preset_fields(name) | fields))
+
+    def state_fields(self) -> dict[str, Any]:
+        """What decides whether a cache of one model fits another."""
+        return {name: getattr(self, name) for name in STATE_FIELDS}
 
     def validate_layer_type(self) -> None:
         """The types are ours, not only those that `transformers` knows."""
@@ -126,6 +149,34 @@ class TitansConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Sizes that must divide each other."""
+        for name, least in (
+            ("vocab_size", 1),
+            ("hidden_size", 1),
+            ("intermediate_size", 1),
+            ("num_hidden_layers", 1),
+            ("num_attention_heads", 1),
+            ("num_key_value_heads", 1),
+            ("head_dim", 1),
+            ("num_memory_heads", 1),
+            ("memory_head_dim", 1),
+            ("memory_depth", 1),
+            ("memory_expansion", 1),
+            ("chunk_size", 1),
+            ("conv_kernel", 0),
+            ("sliding_window", 1),
+            ("segment_length", 1),
+            ("num_persistent_tokens", 0),
+            ("backprop_segments", 1),
+            ("memory_write_cost", 0),
+            ("rms_norm_eps", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id ({self.pad_token_id}) is no token of a vocabulary of {self.vocab_size}"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(
@@ -135,17 +186,13 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
             )
+        if self.memory_head_dim is None:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_memory_heads "
+                f"({self.num_memory_heads}): change one of them or give memory_head_dim"
+            )
         if self.head_dim and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        for name, least in (
-            ("sliding_window", 1),
-            ("segment_length", 1),
-            ("num_persistent_tokens", 0),
-            ("backprop_segments", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         if "mac" in (self.layer_types or []) and self.segment_length % self.chunk_size:
             raise ValueError(
                 f"segment_length ({self.segment_length}) is not a multiple of chunk_size "

@@ -1,6 +1,5 @@
 """Titans as `transformers` models: a Llama decoder whose layers carry a neural memory."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +51,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     config_class = TitansConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["TitansLayer"]
     # Of a call: what counts tokens stays on the CPU, wherever a layer is.
     _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
@@ -116,6 +116,7 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_memory: bool = False,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> TitansModelOutput:
         """Read tokens; `past_key_values` of one call continues in the next, any number of tokens each.
@@ -129,6 +130,8 @@ class TitansModel(TitansPreTrainedModel):
             past_key_values: the states to go on from; changed in place.
             use_cache: keep states for a next call; default the config's.
             output_memory: also return what each memory did, token by token (slow).
+            output_hidden_states: also return what enters the first layer and what leaves each, the
+                last one's normed.
 
         Raises ValueError for a cache of another model or batch.
         """
@@ -138,12 +141,13 @@ class TitansModel(TitansPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache:
             past_key_values = TitansCache(self.config.num_hidden_layers)
-        elif past_key_values is not None:
+        if past_key_values is not None:
             self._check_cache(past_key_values, x.shape[0])
         states: list[State | None] = [None] * len(self.layers)
         if past_key_values is not None:
             states = [layer.state for layer in past_key_values.layers]
-        documents = _documents(x, attention_mask, position_ids, states[0] is not None)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        documents = _documents(x, attention_mask, position_ids, past, states[0] is not None)
         outputs = self._read(x, states, documents, output_memory)
         if past_key_values is not None:
             for cached, out in zip(past_key_values.layers, outputs, strict=True):
@@ -153,9 +157,14 @@ class TitansModel(TitansPreTrainedModel):
         strengths = [
             out.strength.mean((-1, -2)).to(y.device) for out in outputs if out.strength is not None
         ]
+        last = self.norm(y)
+        hidden = (x, *(out.y for out in outputs[:-1]), last)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return TitansModelOutput(
-            last_hidden_state=self.norm(y),
+            last_hidden_state=last,
             past_key_values=past_key_values,
+            hidden_states=hidden if output_hidden_states else None,
             written=torch.stack(strengths).mean(0) if strengths else None,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
@@ -229,6 +238,7 @@ class TitansModel(TitansPreTrainedModel):
                 f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "
                 "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
             )
+        cache.check(self.config.state_fields())
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -236,7 +246,11 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _documents(
-    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, continued: bool
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    continued: bool,
 ) -> Documents | None:
     """The documents in x [B, T, D]; None where each row is one that goes on."""
     batch, tokens = x.shape[:2]
@@ -245,15 +259,15 @@ def _documents(
     real = torch.ones(batch, tokens, dtype=torch.bool)
     if attention_mask is not None:
         shape = list(attention_mask.shape)
-        if len(shape) != 2 or shape[0] != batch or shape[1] < tokens:
+        if shape not in ([batch, tokens], [batch, past + tokens]):
             raise ValueError(
-                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T], 1 at tokens and "
-                f"0 at pads, got {shape}"
+                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T] = "
+                f"{[batch, past + tokens]}, 1 at tokens and 0 at pads, got {shape}"
             )
         real = attention_mask[:, shape[1] - tokens :].bool().cpu()
     starts = torch.zeros_like(real)
     if position_ids is not None:
-        if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        if list(position_ids.shape) not in ([batch, tokens], [1, tokens]):
             raise ValueError(
                 f"position_ids must be [B, T] = {[batch, tokens]}, got {list(position_ids.shape)}"
             )
@@ -309,7 +323,12 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         a token of what the cache has read. The cache itself stays as it is. A cache of one row serves
         any number of rows.
         """
-        cache = copy.deepcopy(past_key_values)
+        if not isinstance(past_key_values, TitansCache) or kwargs.get("use_cache") is False:
+            raise ValueError(
+                "generate_from goes on from a TitansCache and keeps what it reads there: give one, and "
+                "leave use_cache on"
+            )
+        cache = past_key_values.copy()
         batch = input_ids.shape[0]
         if cache.batch_size == 1 and batch > 1:
             cache.batch_repeat_interleave(batch)
@@ -336,6 +355,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_memory: bool = False,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansModel.forward`, with logits and, where `labels` [B, T] are given, the loss.
@@ -352,6 +372,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             output_memory,
+            output_hidden_states,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -373,5 +394,6 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
             memory=outputs.memory,
         )

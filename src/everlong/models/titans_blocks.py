@@ -7,7 +7,7 @@ gate normed, y * sigmoid(m) is written y (x) m.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +146,20 @@ class Block(nn.Module):
             )
         elif fresh is not None and bool(fresh.any()):
             state = state.restart(fresh, self.initial_state(x).expand(x.shape[0]))
-        return self.mix(x, state, lengths, trace)
+        return self.mix(x, self._with_parameters(x, state), lengths, trace)
+
+    def _with_parameters(self, x: Tensor, state: Any) -> Any:
+        """The state with what it holds of the parameters as they are now, where gradients are wanted.
+
+        Keys of the persistent rows are kept in the state to save their computation; but a state may
+        have been detached, and parameters may have changed.
+        """
+        attention = getattr(state, "attention", None)
+        if attention is None or attention.prefix is None or not torch.is_grad_enabled():
+            return state
+        now = self.initial_state(x).expand(x.shape[0])
+        assert isinstance(now, (MemoryAndAttentionState, MACState))
+        return replace(state, attention=replace(attention, prefix=now.attention.prefix))
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """As `forward`, from a state."""

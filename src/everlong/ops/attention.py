@@ -95,12 +95,13 @@ def _mask(
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: Prefix | None) -> Tensor:
     """Attention under a mask of k, or (mask None) plain causal attention."""
     if prefix is None and mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+        causal = True if q.shape[2] > 1 else False  # noqa: SIM210 (a compiler's sizes are symbols)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     if prefix is not None:
         seen = prefix[0].shape[2]
         if mask is None and q.shape[2] > 1:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)
+        k, v = (torch.cat([p.to(x.dtype), x], 2) for p, x in zip(prefix, (k, v), strict=True))
         mask = None if mask is None else F.pad(mask, (seen, 0), value=True)
     if mask is not None and mask.dim() == 2:
         mask = mask[None, None]

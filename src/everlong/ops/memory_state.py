@@ -109,6 +109,10 @@ class NeuralMemoryState(State):
         """M_t and S_t after the last token read, the open chunk's tokens included."""
         if isinstance(self.position, int) and not self.position:
             return self.weights, self.momentum
+        with torch.autocast(self.device.type, enabled=False):
+            return self._current()
+
+    def _current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         positions = self.positions.to(self.device)
         last = (positions - 1).clamp(min=0)
         empty = (positions == 0).view(-1, 1, 1, 1)

@@ -40,7 +40,8 @@ def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | Non
     """
     rows = q.transpose(1, 2).to(weights[0].dtype)
     scale = None if scale is None else scale.to(rows.dtype)
-    return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
 
 
 def recurrent_neural_memory(
@@ -330,11 +331,11 @@ def _extend(
     inputs, errors = flat(state.inputs), flat(state.errors)
     reads = read_layers(q, weights, momentum, inputs, errors, coefficients)
     y = memory_output(q, reads[-1].out, scale).unflatten(0, memories)
-    full = torch.as_tensor(state.position == state.chunk_size)
-    if bool(full.any()):
+    full: bool | Tensor = state.position == state.chunk_size
+    if full.any() if isinstance(full, Tensor) else full:
         weights, momentum = carry_chunk(weights, momentum, inputs, errors, coefficients)
         closed = state.reopen(unflat(weights), None if momentum is None else unflat(momentum))
-        state = closed if bool(full.all()) else state.restart(full, closed)
+        state = state.restart(full, closed) if isinstance(full, Tensor) else closed
     return y, state
 
 

@@ -54,6 +54,8 @@ class State:
 
     def select(self: Own, rows: Tensor | Sequence[int]) -> Own:
         """The rows with these indices, in this order (repeats allowed)."""
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            raise ValueError("rows must be indices, got booleans: use rows.nonzero().squeeze(1)")
         index = torch.as_tensor(rows, dtype=torch.long).cpu()
         batch = self.batch_size
         if index.numel() and not -batch <= index.min() <= index.max() < batch:
@@ -159,7 +161,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor], skip: str | None = No
 
 
 def save_states(states: Any, path: str | Path) -> None:
-    """Write states (a tree of states, lists, tensors and numbers) to one safetensors file."""
+    """Write a tree of states, lists, dicts, tensors, numbers and names to one safetensors file."""
     named: dict[str, Tensor] = {}
     tree = _describe(states, "", named)
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
@@ -184,7 +186,10 @@ def load_states(path: str | Path, kinds: Mapping[str, type[State]]) -> Any:
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no state of format {FORMAT!r} (its metadata: {metadata})")
-    return _rebuild(json.loads(metadata["tree"]), named, kinds, path)
+    try:
+        return _rebuild(json.loads(metadata["tree"]), named, kinds, path)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: its tensors and their description differ") from error
 
 
 def _describe(value: Any, name: str, named: dict[str, Tensor]) -> Any:
@@ -198,7 +203,9 @@ def _describe(value: Any, name: str, named: dict[str, Tensor]) -> Any:
     if isinstance(value, State):
         parts = {f.name: _describe(getattr(value, f.name), dot + f.name, named) for f in fields(value)}
         return {"state": type(value).__name__, "fields": parts}
-    assert value is None or isinstance(value, int)
+    if isinstance(value, dict):
+        return {"dict": {n: _describe(item, dot + n, named) for n, item in value.items()}}
+    assert value is None or isinstance(value, (int, str))
     return value
 
 
@@ -209,6 +216,8 @@ def _rebuild(
         return tuple(_rebuild(item, named, kinds, path) for item in tree)
     if not isinstance(tree, dict):
         return tree
+    if "dict" in tree:
+        return {n: _rebuild(item, named, kinds, path) for n, item in tree["dict"].items()}
     if "tensor" in tree:
         return named[tree["tensor"]]
     if tree["state"] not in kinds:
