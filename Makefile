@@ -38,7 +38,7 @@ test-slow: $(DEV) ## the long tests
 demo: $(DEV) ## train a memory and a Transformer, find needles with both, draw runs/demo/needle.png
 	$(BIN)/everlong demo
 
-demo-full: $(DEV) ## the demo up to 64K tokens, with full attention and three seeds
+demo-full: $(DEV) ## the demo up to 128K tokens, with full attention and three seeds
 	$(BIN)/everlong demo --full
 
 bench: $(BENCH) ## speed and memory beside the rivals; results go to benchmarks/results

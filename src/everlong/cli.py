@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train both models on a needle in real text, evaluate them far beyond the "
         "training length, and draw the picture. With --full, what is done is not done again.",
     )
-    demo.add_argument("--full", action="store_true", help="to 64K tokens, three seeds")
+    demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
     demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
     demo.set_defaults(run=_demo)
     return parser

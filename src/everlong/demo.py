@@ -45,12 +45,12 @@ class Entry:
 
 
 TO_16K = (512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
-TO_64K = (*TO_16K, 32 * K, 64 * K)
+TO_128K = (*TO_16K, 32 * K, 64 * K, 128 * K)
 SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
 # Windowed attention is at chance long before 16K. Full attention stops there: its time a sample
 # grows with the square of the length, and it fails at a few times its training length.
 FULL = (
-    Entry("needle-lmm-long", TO_64K, seeds=(0, 1, 2)),
+    Entry("needle-lmm-long", TO_128K, seeds=(0, 1, 2)),
     Entry("needle-attention", TO_16K, seeds=(0, 1, 2)),
     Entry("needle-full-attention", TO_16K),
 )
