@@ -389,13 +389,6 @@ def test_compile_in_one_graph(kind):
     compiled_equals_eager(kind, "aot_eager")
 
 
-@pytest.mark.slow
-@COMPILER
-@EVERY
-def test_compile_to_machine_code(kind):
-    compiled_equals_eager(kind, "inductor")
-
-
 @EVERY
 def test_documents_that_start_in_a_carried_row_train_what_they_see(kind):
     """Law 6 in streams: the row's old state is cut off and stale; the new document is as if alone."""
