@@ -2,7 +2,7 @@
 
 import torch
 
-from everlong.ops.documents import Documents, put_tokens, take_tokens
+from everlong.ops.documents import Documents, Piece
 
 # Rows of a batch: . pads, letters the documents' tokens, capital where one starts.
 ROWS = ["..abC.cD", "Abbbbbbb", "........", "A.B.C.D."]
@@ -63,10 +63,19 @@ def test_nan_in_pads_stays_there():
     assert parse(True).gather(x).isfinite().all()
 
 
-def test_take_and_put():
+def test_a_piece_is_taken_and_put_back():
     x = torch.arange(12.0).view(2, 6, 1)
-    start, count = torch.tensor([1, 4]), torch.tensor([3, 1])
-    part = take_tokens(x, start, count)
+    piece = Piece(torch.tensor([1, 4]), torch.tensor([3, 1]), x.device)
+    part = piece.take(x)
     assert part[..., 0].tolist() == [[1, 2, 3], [10, 0, 0]]
-    back = put_tokens(torch.zeros_like(x), part, start, count)
+    back = piece.put(torch.zeros_like(x), part)
     assert back[..., 0].tolist() == [[0, 1, 2, 3, 0, 0], [0, 0, 0, 0, 10, 0]]
+
+
+def test_a_piece_of_chosen_rows_at_another_dimension():
+    x = torch.arange(12.0).view(3, 1, 4)
+    piece = Piece(torch.tensor([2, 0]), torch.tensor([2, 1]), x.device, rows=torch.tensor([2, 0]))
+    part = piece.take(x, dim=2)
+    assert part[:, 0].tolist() == [[10, 11], [0, 0]]
+    back = piece.put(torch.ones_like(x), part, dim=2)
+    assert back[:, 0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 11, 12]]

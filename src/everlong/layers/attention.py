@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
-from everlong.ops.state import PerRow, State, agreed, choose, choose_number
+from everlong.ops.state import PerRow, State, agreed
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,11 @@ class AttentionState(State):
     position: PerRow
     prefix: Prefix | None
 
-    @property
-    def batch_size(self) -> int:
-        """Number of rows, B."""
-        return self.keys.shape[0]
-
     def restart(self, fresh: Tensor, initial: "AttentionState") -> "AttentionState":
         """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
-        return AttentionState(
-            # What a row sees is counted by its position; but a key that is not finite would show.
-            choose(fresh, torch.zeros_like(self.keys), self.keys),
-            choose(fresh, torch.zeros_like(self.values), self.values),
-            choose_number(fresh, initial.position, self.position),
-            choose(fresh, initial.prefix, self.prefix),
-        )
+        # What a row sees is counted by its position; but a key that is not finite would show.
+        none = replace(initial, keys=torch.zeros_like(self.keys), values=torch.zeros_like(self.values))
+        return super().restart(fresh, none)
 
     @classmethod
     def join(cls, states: Sequence["AttentionState"]) -> "AttentionState":
@@ -75,7 +66,8 @@ class Attention(nn.Module):
         rope_theta: float,
     ) -> None:
         super().__init__()
-        self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
+        self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
+        self.window, self.rope_theta = window, rope_theta
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
@@ -86,13 +78,10 @@ class Attention(nn.Module):
 
         prefix: [1, P, D] rows that every token sees.
         """
-        heads = self.k_proj.out_features // self.head_dim
-        none = like.new_zeros(1, heads, 0, self.head_dim)
-        seen = (
-            None
-            if prefix is None
-            else (self._heads(self.k_proj, prefix), self._heads(self.v_proj, prefix))
-        )
+        none = like.new_zeros(1, self.num_key_value_heads, 0, self.head_dim)
+        seen = None
+        if prefix is not None:
+            seen = (self._heads(self.k_proj, prefix), self._heads(self.v_proj, prefix))
         return AttentionState(none, none, 0, seen)
 
     def forward(
@@ -162,10 +151,8 @@ class Attention(nn.Module):
                 "layer or model"
             )
         state.check_batch(x.shape[0])
-        got, want = (
-            list(state.keys.shape[1::2]),
-            [self.k_proj.out_features // self.head_dim, self.head_dim],
-        )
+        got = list(state.keys.shape[1::2])
+        want = [self.num_key_value_heads, self.head_dim]
         if got != want:
             raise ValueError(
                 f"state was built with key heads and size {got} but the layer has {want}: it belongs "

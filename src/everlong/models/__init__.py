@@ -9,7 +9,7 @@ from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, Tita
 # Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
 # which refuses names of layers that it does not know.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (
-    *getattr(configuration_utils, "ALLOWED_ATTN_LAYER_TYPES", ()),
+    *configuration_utils.ALLOWED_ATTN_LAYER_TYPES,
     *(name for name in LAYER_TYPES if name not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES),
 )
 AutoConfig.register("titans", TitansConfig)

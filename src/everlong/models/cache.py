@@ -62,7 +62,7 @@ class StateLayer(CacheLayerMixin):
         if tokens_to_remove:
             raise ValueError(
                 "a neural memory cannot be cropped: keep a copy of the cache from before the tokens "
-                "(copy.deepcopy) and continue from that"
+                "(cache.copy()) and continue from that"
             )
 
     def offload(self) -> None:
@@ -92,7 +92,7 @@ class TitansCache(Cache):
             for name, value in made_by.items()
             if self.made_by.get(name) != value
         ]
-        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong)}")
+        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong) or 'more in it'}")
 
     @property
     def batch_size(self) -> int:

@@ -24,7 +24,7 @@ from everlong.layers import (
 )
 from everlong.models.configuration_titans import TitansConfig
 from everlong.ops import MemoryTrace, NeuralMemoryState
-from everlong.ops.documents import put_tokens, take_tokens
+from everlong.ops.documents import Piece
 from everlong.ops.state import State, choose, per_row
 
 
@@ -68,18 +68,6 @@ class MemoryAndAttentionState(State):
     memory: NeuralMemoryState
     attention: AttentionState
 
-    @property
-    def batch_size(self) -> int:
-        """Number of rows, B."""
-        return self.memory.batch_size
-
-    def restart(self, fresh: Tensor, initial: "MemoryAndAttentionState") -> "MemoryAndAttentionState":
-        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
-        return MemoryAndAttentionState(
-            self.memory.restart(fresh, initial.memory),
-            self.attention.restart(fresh, initial.attention),
-        )
-
 
 @dataclass(frozen=True)
 class MACState(State):
@@ -90,20 +78,6 @@ class MACState(State):
     attention: AttentionState
     weights: tuple[Tensor, ...]
     read_tail: Tensor | None
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows, B."""
-        return self.memory.batch_size
-
-    def restart(self, fresh: Tensor, initial: "MACState") -> "MACState":
-        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
-        return MACState(
-            self.memory.restart(fresh, initial.memory),
-            self.attention.restart(fresh, initial.attention),
-            choose(fresh, initial.weights, self.weights),
-            choose(fresh, initial.read_tail, self.read_tail),
-        )
 
 
 register_dataclass(MemoryAndAttentionState)
@@ -330,19 +304,18 @@ class MAC(MemoryBlock):
         """As `mix`, with rows at positions or of lengths of their own."""
         offset = torch.zeros_like(counts)
         outputs: list[BlockOutput] = []
-        places: list[tuple[Tensor, Tensor]] = []
+        pieces: list[Piece] = []
         while not outputs or bool((offset < counts).any()):
             left = self.attention.segment - per_row(state.attention.position, x.shape[0])
             count = torch.minimum(left, counts - offset)
-            piece = take_tokens(x, offset, count)
-            outputs.append(self._read_segment(piece, state, count, trace))
-            places.append((offset, count))
+            pieces.append(Piece(offset, count, x.device))
+            outputs.append(self._read_segment(pieces[-1].take(x), state, count, trace))
             state, offset = outputs[-1].state, offset + count
 
         def join(parts: list[Tensor]) -> Tensor:
             whole = parts[0].new_zeros(*x.shape[:2], *parts[0].shape[2:])
-            for part, place in zip(parts, places, strict=True):
-                whole = put_tokens(whole, part, *place)
+            for part, piece in zip(parts, pieces, strict=True):
+                whole = piece.put(whole, part)
             return whole
 
         return join_pieces(outputs, join)

@@ -123,19 +123,51 @@ class Documents:
         return out.index_copy(0, target.to(x.device), moved).unflatten(0, shape)
 
 
-def take_tokens(x: Tensor, start: Tensor, count: Tensor) -> Tensor:
-    """Tokens start[b] ... start[b] + count[b] - 1 of each row of x [B, T, ...], aligned left, with
-    zeros behind. start, count: [B] on the CPU."""
-    row, slot = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
-    token = slot + start[row]
-    row, slot, token = (index.to(x.device) for index in (row, slot, token))
-    out = x.new_zeros(x.shape[0], int(count.max()), *x.shape[2:])
-    return out.index_put((row, slot), x[row, token])
+class Piece:
+    """Some tokens of each row, aligned left: those at start[i] ... start[i] + count[i] - 1 of the row
+    rows[i].
+
+    start, count, rows: [N] on the CPU; rows: default every row, in order.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        count: Tensor,
+        device: torch.device,
+        rows: Tensor | None = None,
+    ) -> None:
+        slots = torch.arange(int(count.max()))
+        self.token = (start[:, None] + slots).to(device)
+        self.real = (slots < count[:, None]).to(device)
+        self.rows = None if rows is None else rows.to(device)
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The tokens of x [B, ..., T, ...], which has them at `dim`; zeros behind a row's last.
+
+        What pads hold may be anything, NaN too: zeros take its place before any arithmetic.
+        """
+        x = x if self.rows is None else x.index_select(0, self.rows)
+        return x.gather(dim, self._places(x, dim)).where(_along(self.real, x, dim), 0.0)
+
+    def put(self, whole: Tensor, part: Tensor, dim: int = 1) -> Tensor:
+        """`whole` with what `take` gave, or what came of it, added where it was taken from."""
+        part = part.where(_along(self.real, part, dim), 0.0)
+        if self.rows is None:
+            return whole.scatter_add(dim, self._places(whole, dim), part)
+        spread = whole.new_zeros(len(part), *whole.shape[1:])
+        spread = spread.scatter_add(dim, self._places(whole, dim), part)
+        return whole.index_add(0, self.rows, spread)
+
+    def _places(self, x: Tensor, dim: int) -> Tensor:
+        token = self.token.clamp(max=x.shape[dim] - 1)
+        sizes = [*x.shape]
+        sizes[0], sizes[dim] = token.shape
+        return _along(token, x, dim).expand(sizes)
 
 
-def put_tokens(whole: Tensor, part: Tensor, start: Tensor, count: Tensor) -> Tensor:
-    """`whole` [B, T, ...] with the tokens of `part` where `take_tokens` takes them from."""
-    row, slot = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
-    token = slot + start[row]
-    row, slot, token = (index.to(whole.device) for index in (row, slot, token))
-    return whole.index_put((row, token), part[row, slot])
+def _along(numbers: Tensor, x: Tensor, dim: int) -> Tensor:
+    """numbers [N, L] in the shape of x [B, ..., T, ...], whose tokens are at `dim`."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = numbers.shape
+    return numbers.view(shape)

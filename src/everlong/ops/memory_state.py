@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.decay import Gates, chunk_coefficients
-from everlong.ops.state import PerRow, State, choose, choose_number, per_row
+from everlong.ops.state import PerRow, State, per_row
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,6 @@ class NeuralMemoryState(State):
             conv_tail=None,
             position=0,
         )
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows, B."""
-        return self.weights[0].shape[0]
 
     @property
     def gates(self) -> Gates:
@@ -196,13 +191,6 @@ class NeuralMemoryState(State):
     def close(self) -> NeuralMemoryState:
         """The open chunk ends here, however full: the next token is the first of a new one."""
         return self.reopen(*self.current())
-
-    def restart(self, fresh: Tensor, initial: NeuralMemoryState) -> NeuralMemoryState:
-        """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
-        names = [field.name for field in fields(self) if field.name != "position"]
-        chosen = {n: choose(fresh, getattr(initial, n), getattr(self, n)) for n in names}
-        position = choose_number(fresh, initial.position, self.position)
-        return NeuralMemoryState(**chosen, position=position)
 
 
 register_dataclass(NeuralMemoryState)

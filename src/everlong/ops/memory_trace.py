@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everlong.ops.chunk_scan import scale_of_each
 from everlong.ops.decay import Gates, chunk_coefficients
-from everlong.ops.documents import put_tokens, take_tokens
+from everlong.ops.documents import Piece
 from everlong.ops.inner_mlp import InnerGradient
 from everlong.ops.memory_state import NeuralMemoryState
 from everlong.ops.neural_memory import chunk_neural_memory
@@ -46,15 +47,15 @@ def trace_neural_memory(
         while bool((offset < counts).any()):
             start = state.positions
             count = torch.minimum(state.chunk_size - start, counts - offset)
-            piece_k, piece_v = (take_tokens(x, offset, count) for x in (k, v))
-            piece = gates.map(lambda gate: take_tokens(gate, offset, count))  # noqa: B023
-            found = _of_chunk(piece_k, piece_v, piece, state, scale, start, count)
+            piece = Piece(offset, count, k.device)
+            its_k, its_v, its_gates = piece.take(k), piece.take(v), gates.map(piece.take)
+            found = _of_chunk(its_k, its_v, its_gates, state, scale, start, count)
             loss, surprise, norm = (
-                put_tokens(whole, part, offset, count)
+                piece.put(whole, part)
                 for whole, part in zip((loss, surprise, norm), found, strict=True)
             )
             _, state = chunk_neural_memory(
-                piece_k, piece_k, piece_v, *piece, state=state, scale=scale, lengths=count
+                its_k, its_k, its_v, *its_gates, state=state, scale=scale, lengths=count
             )
             offset = offset + count
         real = (torch.arange(tokens) < counts[:, None]).to(k.device)[..., None, None]
@@ -75,8 +76,8 @@ def _of_chunk(
     memories = (k.shape[0], k.shape[2])
     rows_k, rows_v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
     weights = [w.flatten(0, 1) for w in state.weights]
-    each = None if scale is None else scale.to(state.dtype).repeat(memories[0], 1).unsqueeze(1)
-    inner = InnerGradient(rows_k, rows_v, weights, each)
+    scale = None if scale is None else scale.to(state.dtype)
+    inner = InnerGradient(rows_k, rows_v, weights, scale_of_each(scale, memories))
     inputs = [x.unflatten(0, memories) for x in inner.inputs]
     errors = [x.unflatten(0, memories) for x in inner.errors]
     residual = inner.errors[-1] / 2 if scale is None else inner.residual

@@ -27,6 +27,7 @@ from everlong.ops.chunk_scan import (
     scan_chunks,
 )
 from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
+from everlong.ops.documents import Piece
 from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
 from everlong.ops.state import agreed, per_row
@@ -209,16 +210,16 @@ def _ragged(
     whole = (counts - head) // size * size
     y = torch.zeros_like(rows[0])
     if bool(head.any()):
-        piece = _Piece(rows, gates, torch.zeros_like(head), head)
-        out, state = _extend(*piece.tensors(), state, start, head, scale)
-        y = piece.put(y, out)
+        piece = Piece(torch.zeros_like(head), head, y.device)
+        out, state = _extend(*_take(piece, rows, gates), state, start, head, scale)
+        y = piece.put(y, out, 2)
     if bool(whole.any()):
         y, state = _scan_ragged(rows, gates, y, head, whole // size, state, scale)
     rest = counts - head - whole
     if bool(rest.any()):
-        piece = _Piece(rows, gates, head + whole, rest)
-        out, state = _extend(*piece.tensors(), state, state.positions, rest, scale)
-        y = piece.put(y, out)
+        piece = Piece(head + whole, rest, y.device)
+        out, state = _extend(*_take(piece, rows, gates), state, state.positions, rest, scale)
+        y = piece.put(y, out, 2)
     return y, replace(state, position=agreed(state.position))
 
 
@@ -245,58 +246,23 @@ def _scan_ragged(
         through.insert(0, [x[len(active) :] for x in memory])
         memory = [x[: len(active)] for x in memory]
         tokens = torch.full_like(active, (count - at) * state.chunk_size)
-        piece = _Piece(rows, gates, first[active] + at * state.chunk_size, tokens, active)
+        piece = Piece(first[active] + at * state.chunk_size, tokens, y.device, active)
         out, weights, momentum = scan_chunks(
-            *piece.tensors(), memory[:layers], memory[layers:] or None, state.chunk_size, scale
+            *_take(piece, rows, gates),
+            memory[:layers],
+            memory[layers:] or None,
+            state.chunk_size,
+            scale,
         )
-        y, memory, at = piece.put(y, out), [*weights, *(momentum or ())], count
+        y, memory, at = piece.put(y, out, 2), [*weights, *(momentum or ())], count
     back = order.argsort().to(y.device)
     final = [torch.cat(parts).index_select(0, back) for parts in zip(memory, *through, strict=True)]
     momentum = None if state.momentum is None else tuple(final[layers:])
     return y, replace(state, weights=tuple(final[:layers]), momentum=momentum)
 
 
-class _Piece:
-    """Tokens start[i] ... start[i] + count[i] - 1 of row rows[i] (default: all rows), aligned left."""
-
-    def __init__(
-        self, rows: Rows, gates: Gates, start: Tensor, count: Tensor, which: Tensor | None = None
-    ) -> None:
-        device, length = rows[0].device, int(count.max())
-        self.which = None if which is None else which.to(device)
-        token = (start[:, None] + torch.arange(length)).clamp(max=rows[0].shape[2] - 1)
-        self.index = token.to(device)[:, None, :, None]
-        self.real = (torch.arange(length) < count[:, None]).to(device)[:, None, :, None]
-        self.rows, self.gates = rows, gates
-
-    def tensors(self) -> tuple[Rows, Gates]:
-        """The piece's rows and gates; zeros behind the last token of a row.
-
-        What pads hold may be anything, NaN too: zeros take its place before any arithmetic.
-        """
-        columns = self.index.mT.expand(-1, *self.gates.theta.shape[1:3], -1)
-        return (
-            tuple(
-                self._of(x).gather(2, self._like(x, x.shape[3])).where(self.real, 0.0)
-                for x in self.rows
-            ),
-            self.gates.map(lambda gate: self._of(gate).gather(3, columns).where(self.real.mT, 0.0)),
-        )
-
-    def put(self, y: Tensor, out: Tensor) -> Tensor:
-        """y with the piece's outputs at their tokens (those were zeros)."""
-        out = out.where(self.real, 0.0)
-        index = self._like(y, out.shape[3])
-        if self.which is None:
-            return y.scatter_add(2, index, out)
-        spread = torch.zeros(len(out), *y.shape[1:], dtype=y.dtype, device=y.device)
-        return y.index_add(0, self.which, spread.scatter_add(2, index, out))
-
-    def _of(self, x: Tensor) -> Tensor:
-        return x if self.which is None else x.index_select(0, self.which)
-
-    def _like(self, x: Tensor, width: int) -> Tensor:
-        return self.index.expand(-1, x.shape[1], -1, width)
+def _take(piece: Piece, rows: Rows, gates: Gates) -> tuple[Rows, Gates]:
+    return tuple(piece.take(x, 2) for x in rows), gates.map(lambda gate: piece.take(gate, 3))
 
 
 def _extend(

@@ -36,17 +36,27 @@ def agreed(numbers: PerRow) -> PerRow:
 class State:
     """Base of the states: dataclasses of tensors (batch first), tuples of them, integers, states.
 
-    A field called `position` is a number for each row, and stays on the CPU.
+    The first field holds tensors. One called `position` is a number for each row, and stays on the
+    CPU.
     """
 
     @property
     def batch_size(self) -> int:
         """Number of rows, B."""
-        raise NotImplementedError
+        first = getattr(self, fields(self)[0].name)
+        while isinstance(first, tuple):
+            first = first[0]
+        return first.batch_size if isinstance(first, State) else len(first)
 
     def restart(self: Own, fresh: Tensor, initial: Own) -> Own:
         """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
-        raise NotImplementedError
+        parts = {}
+        for field in fields(self):
+            new, old = getattr(initial, field.name), getattr(self, field.name)
+            parts[field.name] = (
+                choose_number(fresh, new, old) if field.name == "position" else choose(fresh, new, old)
+            )
+        return replace(self, **parts)
 
     def map(self: Own, function: Callable[[Tensor], Tensor]) -> Own:
         """The state with `function` applied to every tensor."""
@@ -125,7 +135,10 @@ class State:
 
 
 def choose(rows: Tensor, left: Any, right: Any) -> Any:
-    """Tensors (or tuples of them, or None) of `left` where `rows` [B] holds, of `right` elsewhere."""
+    """What `left` holds in the rows where `rows` [B] is true, and `right` elsewhere: tensors, tuples of
+    them, states, or None."""
+    if isinstance(right, State):
+        return right.restart(rows, left)
     if isinstance(left, tuple):
         return tuple(choose(rows, *pair) for pair in zip(left, right, strict=True))
     if left is None:

@@ -170,14 +170,12 @@ def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class _Trainer(Trainer):
-    """The Trainer, but it stops at a loss that is not finite, and resumes models of any layer type
-    with all of their weights."""
+    """The Trainer, but it stops at a loss that is not finite, and resumes with all weights or not."""
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
     ) -> None:
-        # The Trainer's own reads config.json by a base class that refuses layer types it does not
-        # know, and loads whatever weights happen to fit.
+        # The Trainer's own loads whatever weights happen to fit.
         file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
         if self.is_fsdp_enabled or not file.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
