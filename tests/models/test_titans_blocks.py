@@ -49,15 +49,20 @@ def make_block(name, **options):
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_block_equals_reference(name, switch):
-    """Outputs, and the gradients of the input and every parameter, over three segments."""
+    """Outputs, the gradients of the input and every parameter, and the memory's trace, over three
+    segments."""
     block = make_block(name, **SWITCHES[switch])
     x = torch.randn(1, 19, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(19, 8, dtype=torch.float64)
     leaves = {"x": x, **dict(block.named_parameters())}
-    want = torch.stack(REFERENCES[name](block, list(x[0])))
+    outputs, wanted_trace = REFERENCES[name](block, list(x[0]))
+    want = torch.stack(outputs)
     wanted = torch.autograd.grad((want * weights).sum(), leaves.values())
-    got = block(x).y[0]
+    got, _, _, trace = block(x, trace=True)
+    got = got[0]
     assert_close("y", got, want)
     grads = torch.autograd.grad((got * weights).sum(), leaves.values())
     for leaf, grad, want_grad in zip(leaves, grads, wanted, strict=True):
         assert_close(leaf, grad, want_grad)
+    for field, tokens in zip(trace._fields, zip(*wanted_trace[-19:], strict=True), strict=True):
+        assert_close(field, getattr(trace, field)[0], torch.stack(tokens))

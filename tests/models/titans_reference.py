@@ -45,6 +45,7 @@ class Memory:
         self.q_conv, self.k_conv, self.v_conv = (Conv(t) for t in taps)
         self.now = [w.weight * 1.0 for w in layer.memory_init]
         self.momentum = [torch.zeros_like(w) for w in self.now]
+        self.trace = []  # of each token written: what `MemoryTrace` says of it
         self.close()
 
     def close(self):
@@ -84,8 +85,8 @@ class Memory:
         v = self.heads(self.v_conv(layer.v_proj.weight @ x))
         # The inner gradient is of the weights alone, though k and v may have been made with them.
         start = [w * 1.0 for w in self.start]
-        loss = (self.network(start, k) - v).square().sum()
-        surprise = torch.autograd.grad(loss, start, create_graph=True)
+        loss = (self.network(start, k) - v).square().sum(-1)
+        surprise = torch.autograd.grad(loss.sum(), start, create_graph=True)
         theta = self.gate(layer.theta_proj, x) * layer.max_learning_rate / layer.chunk_size
         eta = alpha = torch.zeros_like(theta)
         if layer.eta_proj is not None:
@@ -103,11 +104,17 @@ class Memory:
         ]
         if layer.eta_proj is None:
             self.momentum = [torch.zeros_like(s) for s in self.momentum]
+        self.trace.append((loss, norms(surprise), alpha, eta, theta, norms(self.now)))
         self.position += 1
         y = self.answer(x, self.now, self.q_conv)
         if self.position == layer.chunk_size:
             self.close()
         return y
+
+
+def norms(matrices):
+    """Of each head's matrix and layer, [H, L]."""
+    return torch.stack([x.square().sum((-1, -2)).sqrt() for x in matrices], -1)
 
 
 class Attention:
@@ -153,7 +160,7 @@ def lmm(block, rows):
     for p in persistent(block):
         memory.read_write(p)
     memory.close()
-    return [memory.read_write(x) for x in rows]
+    return [memory.read_write(x) for x in rows], memory.trace
 
 
 def mag(block, rows):
@@ -166,7 +173,7 @@ def mag(block, rows):
         attention.show(x, t)
         y = rms_norm(block.attention_norm, attention(x, t, block.attention.window))
         outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(x))))
-    return outputs
+    return outputs, memory.trace
 
 
 def mal(block, rows):
@@ -178,7 +185,7 @@ def mal(block, rows):
         m = rms_norm(block.memory_norm, memory.read_write(x))
         attention.show(m, t)
         outputs.append(attention(m, t, block.attention.window))
-    return outputs
+    return outputs, memory.trace
 
 
 def mac(block, rows):
@@ -201,7 +208,7 @@ def mac(block, rows):
             attention.show(x, t)
             y = rms_norm(block.attention_norm, attention(x, t))
             outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(y))))
-    return outputs
+    return outputs, memory.trace
 
 
 REFERENCES = {"lmm": lmm, "mag": mag, "mal": mal, "mac": mac}
