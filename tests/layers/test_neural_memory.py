@@ -39,6 +39,41 @@ def test_theta_never_exceeds_its_bound():
     assert (theta <= layer.max_learning_rate / 4 * (1 - log_eta.exp()) + 1e-6).all()
 
 
+def test_gates_are_exact_where_they_are_shut_or_open():
+    """log(1 - alpha) and log(eta) without a detour over a sigmoid that has rounded to 0 or 1."""
+    layer = NeuralMemory(8, 2)
+    for projection, bias in ((layer.alpha_proj, 60.0), (layer.eta_proj, -60.0)):
+        torch.nn.init.constant_(projection.bias, bias)
+        torch.nn.init.zeros_(projection.weight)
+    _, log_retain, log_eta = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    assert_close("alpha", log_retain, torch.full_like(log_retain, -60.0), torch.float32)
+    assert_close("eta", log_eta, torch.full_like(log_eta, -60.0), torch.float32)
+
+
+def test_gates_are_computed_in_the_memory_s_type():
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2).bfloat16()
+    for gate in layer._gates(torch.randn(1, 50, 8).bfloat16(), torch.float32):
+        assert gate.dtype == torch.float32
+        assert (gate != gate.bfloat16().float()).any()
+
+
+def test_read_only_reads_the_open_chunk_too():
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 2, chunk_size=4, momentum=False, decay=False).double()
+    x, more = torch.randn(1, 7, 8).double(), torch.randn(1, 5, 8).double()
+    with torch.no_grad():
+        layer.theta_proj.bias.fill_(3.0)
+        _, state = layer(x)
+        layer.read_only = True
+        y, after = layer(more, state)
+        assert after.position == state.position == 3
+        layer.read_only = False
+        layer.theta_proj.weight.zero_()
+        layer.theta_proj.bias.fill_(-1e4)  # writes nothing
+        assert_close("y", y, layer(more, state)[0])
+
+
 def test_states_stay_in_float32_under_autocast():
     torch.manual_seed(0)
     layer = NeuralMemory(8, 2, chunk_size=4)

@@ -81,6 +81,17 @@ def test_one_memory_serves_many_questions(kind):
         assert torch.equal(got[row, 5:], want[0, whole.shape[1] :])
 
 
+def test_several_answers_to_one_question():
+    model, ids = make("lmm", initializer_range=0.5), text(1)
+    with torch.no_grad():
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+    asked = {"max_new_tokens": 9, "pad_token_id": 0}
+    want = model.generate_from(cache, ids[:, 7:], do_sample=False, **asked)
+    again = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    got = model.generate_from(cache, ids[:, 7:], **again, **asked)
+    assert torch.equal(got, want.expand(3, -1))
+
+
 def test_files_of_caches(tmp_path):
     cache = make("mac")(text(), use_cache=True).past_key_values
     cache.layers[0].state.save(tmp_path / "layer.safetensors")

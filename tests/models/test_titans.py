@@ -37,17 +37,45 @@ def test_from_config_initialises_as_the_layer_does():
 
 def test_a_checkpoint_with_missing_parameters_gets_a_proper_start(tmp_path):
     model = titans("lmm")()
-    model.save_pretrained(
-        tmp_path,
-        state_dict={
-            name: value for name, value in model.state_dict().items() if ".memory." not in name
-        },
-    )
+    lost = (".memory.", "persistent")
+    kept = {k: v for k, v in model.state_dict().items() if not any(name in k for name in lost)}
+    model.save_pretrained(tmp_path, state_dict=kept)
     loaded = TitansForCausalLM.from_pretrained(tmp_path)
     memory = loaded.model.layers[0].mixer.memory
     assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 1e-4), torch.float32)
     assert memory.memory_scale.weight.eq(1).all()
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in loaded.parameters())
+    assert 0.5 < loaded.model.layers[0].mixer.persistent.weight.std() < 2
+
+
+def test_every_part_gets_the_numbers_of_the_configuration():
+    kinds = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
+    model = titans(*kinds, rms_norm_eps=1e-3, rope_theta=123.0)()
+    epsilons = [module.eps for module in model.modules() if hasattr(module, "eps")]
+    assert len(epsilons) == 1 + 2 * 6 + 4 + 2 + 2 + 1  # last, two a layer, memories', MAC, MAG, MAL
+    assert set(epsilons) == {1e-3}
+    bases = [module.rope_theta for module in model.modules() if hasattr(module, "rope_theta")]
+    assert bases == [123.0] * 5
+
+
+def test_a_reset_cache_is_an_empty_one(model):
+    ids = torch.randint(11, (2, 9))
+    want = model(ids, use_cache=True)
+    cache = want.past_key_values
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert_close("logits", model(ids, past_key_values=cache).logits, want.logits, torch.float32)
+
+
+def test_what_was_written_is_the_mean_over_all_memories():
+    model = titans("lmm", "sliding_attention", "mag")().eval()
+    out = model.model(torch.randint(11, (2, 9)), output_memory=True)
+    memory = model.model.layers[0].mixer.memory
+    theta = torch.stack([trace.theta for trace in out.memory if trace is not None])
+    want = theta.mean((0, -1, -2)) * memory.chunk_size / memory.max_learning_rate
+    eta = torch.stack([trace.eta for trace in out.memory if trace is not None])
+    assert eta.max() < 1
+    assert_close("written", out.written, want, torch.float32)
 
 
 def test_loss_is_the_mean_over_labels(model):
