@@ -196,6 +196,11 @@ def test_gradient_checkpointing_changes_nothing(kind):
         assert_close(name, grads[1][name], grads[0][name])
 
 
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make("lmm").activation_checkpointing_enable({"use_reentrant": True})
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(kind, dtype):

@@ -63,6 +63,15 @@ class TitansPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             write_card(save_directory, self.config, self.num_parameters())
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True cannot checkpoint a layer that hands out its memory: leave it out, "
+                "or say use_reentrant=False"
+            )
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
