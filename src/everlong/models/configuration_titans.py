@@ -60,9 +60,9 @@ class TitansConfig(PreTrainedConfig):
         backprop_segments: gradients are cut at every so many segments of segment_length tokens, and
             at the start of a call that goes on from a cache; None: never.
         memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
-            this times the mean of theta over all memories, as a share of max_memory_learning_rate /
-            chunk_size. A memory that pays for what it writes leaves alone what nobody asks for, and
-            keeps longer.
+            this times the mean over all memories of log(1 + s / 0.001), s being theta as a share of
+            max_memory_learning_rate / chunk_size. A memory that pays for what it writes leaves alone
+            what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end).
     """

@@ -20,6 +20,8 @@ from everlong.ops import MemoryTrace
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
+FAINT = 1e-3  # of the full strength of writing: below it the price of `memory_write_cost` fades
+
 
 class TitansLayer(GradientCheckpointingLayer):
     """x + block(norm(x)), then x + MLP(norm(x))."""
@@ -89,9 +91,10 @@ class TitansPreTrainedModel(PreTrainedModel):
 class TitansModelOutput(BaseModelOutputWithPast):
     """As the base class, and what the memories did.
 
-    written: [B, T], how strongly each token was written: the mean of `MemoryOutput.strength` over all
-    memories, 0 at pads; None without a memory. memory: with output_memory=True, for each layer a
-    `MemoryTrace`, [B, T, ...] each, or None where it has no memory.
+    written: [B, T], how strongly each token was written: the mean over all memories of
+    log(1 + s / 0.001), s = `MemoryOutput.strength`, 0 at pads; None without a memory.
+    memory: with output_memory=True, for each layer a `MemoryTrace`, [B, T, ...] each, or None where
+    it has no memory.
     """
 
     written: Tensor | None = None
@@ -163,9 +166,7 @@ class TitansModel(TitansPreTrainedModel):
                 cached.state = out.state
                 cached.seen += x.shape[1]
         y = outputs[-1].y
-        strengths = [
-            out.strength.mean((-1, -2)).to(y.device) for out in outputs if out.strength is not None
-        ]
+        written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
         last = self.norm(y)
         hidden = (x, *(out.y for out in outputs[:-1]), last)
         if output_hidden_states is None:
@@ -174,7 +175,7 @@ class TitansModel(TitansPreTrainedModel):
             last_hidden_state=last,
             past_key_values=past_key_values,
             hidden_states=hidden if output_hidden_states else None,
-            written=torch.stack(strengths).mean(0) if strengths else None,
+            written=torch.stack(written).mean(0) if written else None,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
 
@@ -248,6 +249,15 @@ class TitansModel(TitansPreTrainedModel):
                 "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
             )
         cache.check(self.config.state_fields())
+
+
+def _price(strength: Tensor) -> Tensor:
+    """[B, T] of [B, T, H, L]: each e-fold of a strength above `FAINT` costs the same.
+
+    A price that is linear fades together with the strength, long before a text of a hundred thousand
+    tokens is faint enough; and it is dearest where writing is wanted.
+    """
+    return torch.log1p(strength / FAINT).mean((-1, -2))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
