@@ -168,3 +168,36 @@ def test_lengths():
     for wrong in ("", "0", "k", "1m", "-5", "1.5k"):
         with pytest.raises(ValueError, match="lengths are token numbers"):
             parse_lengths(wrong)
+
+
+def test_one_column_for_seeds_of_one_recipe_and_for_nothing_else(tiny_recipe, tmp_path, capsys):
+    for name, options in {
+        "a": [],
+        "b": ["--seed=1"],
+        "deeper": ["--seed=2", "--model.memory_depth=1"],
+    }.items():
+        folder = ["--output_dir", str(tmp_path / name)]
+        assert main(["train", str(tiny_recipe("titans")), *folder, *options]) == 0
+
+    def columns(*names):
+        out = tmp_path / "-".join(names)
+        models = [str(tmp_path / name) for name in names]
+        assert main(["eval", *models, "--lengths", "96", "--samples", "2", "--out", str(out)]) == 0
+        return (out / "needle.md").read_text().splitlines()[0].count("|") - 2
+
+    assert columns("a", "b") == 1
+    assert columns("a", "deeper") == 2
+    assert columns("a", "a") == 1  # one folder, twice
+
+
+def test_a_file_in_place_of_the_results_is_named_before_the_work(model, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = ["eval", model, "--lengths", "96", "--out", tmp_path / "file"]
+    assert "file is a file: name a folder" in error_of(arguments, capsys)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("everlong 0.")

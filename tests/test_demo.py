@@ -1,7 +1,9 @@
 import json
 
+import pytest
+
 from everlong.demo import FULL, SHORT, Entry, run_demo
-from everlong.training import known_recipes
+from everlong.training import TrainingInterrupted, known_recipes
 
 
 def test_the_plans_name_recipes_that_exist():
@@ -64,3 +66,15 @@ def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
 
     third = run_demo(full=True, entries=entries, out=out, samples=3)
     assert [report.about["steps"] for report in third] == [2, 2]
+
+
+def test_a_stopped_demo_says_what_starts_anew(tiny_recipe, tmp_path, monkeypatch):
+    def stopped(run):
+        raise TrainingInterrupted("stopped; no checkpoint was saved yet")
+
+    monkeypatch.setattr("everlong.demo._train", stopped)
+    entries = (Entry(str(tiny_recipe()), (96,)),)
+    with pytest.raises(TrainingInterrupted, match=r"no checkpoint(?s:.)*everlong demo starts anew"):
+        run_demo(entries=entries, out=tmp_path)
+    with pytest.raises(TrainingInterrupted, match="--full goes on from there"):
+        run_demo(full=True, entries=entries, out=tmp_path)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from everlong import __version__
+
 TASKS = ("needle",)
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite")
 PREFILL_PIECE = 2048
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"everlong: training stopped: {error}", file=sys.stderr)
         return 1
+    except FileExistsError as error:
+        print(f"everlong: error: {error.filename} is a file: name a folder", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"everlong: error: {error}", file=sys.stderr)
         return 2
@@ -42,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options; `run` is the function of the chosen one."""
     parser = argparse.ArgumentParser(prog="everlong", description="Language models that have a memory.")
+    parser.add_argument("--version", action="version", version=f"everlong {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -162,6 +168,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from everlong.evaluation import (
         evaluate_needle_folder,
+        name_apart,
         plot_needle,
         print_needle_table,
         write_markdown,
@@ -173,14 +180,18 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"unknown task {task!r}: known are {', '.join(TASKS)}")
     lengths = parse_lengths(options.lengths)
     out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
     reports = []
-    for folder in options.models:
+    models = list(dict.fromkeys(options.models))
+    for folder in models:
         reports.append(
             evaluate_needle_folder(
                 folder, lengths, options.samples, seed=options.seed, source=options.source
             )
         )
         write_results(out / "results.json", reports, seed=options.seed)
+    reports = name_apart(reports, models)
+    write_results(out / "results.json", reports, seed=options.seed)
     print_needle_table(reports)
     write_markdown(out / "needle.md", reports)
     plot_needle(out / "needle.png", reports)

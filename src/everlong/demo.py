@@ -28,7 +28,7 @@ from everlong.evaluation import (
     write_results,
 )
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
-from everlong.training import Recipe, load_recipe, resume, train
+from everlong.training import Recipe, TrainingInterrupted, load_recipe, resume, train
 
 SCORES_FILE = "needle.json"
 OUT = Path("runs/demo")
@@ -94,7 +94,11 @@ def run_demo(
         if not full and run.folder.exists():
             shutil.rmtree(run.folder)
         console.print(f"[bold]{run}[/]: training")
-        _train(run)
+        try:
+            _train(run)
+        except TrainingInterrupted as stopped:
+            again = "everlong demo --full goes on from there" if full else "everlong demo starts anew"
+            raise TrainingInterrupted(f"{stopped}\nThat is this model alone; {again}.") from None
     suffix = "-full" if full else ""
     for length in sorted({length for run in runs for length in run.lengths}):
         for run in runs:

@@ -98,6 +98,15 @@ def test_what_is_read_under_autocast_is_read_in_float32():
     assert torch.equal(got[1], wanted[1])
 
 
+def test_second_derivatives_of_the_layer_are_refused():
+    layer = NeuralMemory(8, 2, chunk_size=4)
+    x = torch.randn(1, 9, 8)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.functional.hvp(
+            lambda rows: layer(rows)[0].square().sum(), x, torch.randn_like(x)
+        )
+
+
 def test_memory_learns_what_it_reads():
     """The point of it all: a pair read often is recalled better than before."""
     torch.manual_seed(0)

@@ -44,6 +44,8 @@ def test_damaged_files(tmp_path, state):
     path = tmp_path / "memory.safetensors"
     with pytest.raises(FileNotFoundError, match="no memory state at"):
         NeuralMemoryState.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        state.save(tmp_path / "none" / "memory.safetensors")
     state.save(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged, cut short or something else"):

@@ -138,6 +138,14 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_recipe, tmp_path):
         resume(tmp_path / "run", ["--training.max_steps=4", "--model.hidden_size=64"])
 
 
+def test_a_checkpoint_that_is_cut_short_is_named(tiny_recipe, tmp_path):
+    train(run(tiny_recipe(max_steps=2), tmp_path / "run"))
+    file = tmp_path / "run" / "checkpoint-2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut short .* delete .*checkpoint-2"):
+        resume(tmp_path / "run", ["--training.max_steps=4"])
+
+
 def test_resuming_nothing_is_refused(tiny_recipe, tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no recipe\.yaml"):
         resume(tmp_path)

@@ -48,7 +48,10 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
-        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{folder} cannot be loaded: {' '.join(str(error).split())}. If a file of it is cut short, "
+            "train it anew or name an earlier checkpoint"
+        ) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -102,6 +105,23 @@ def evaluate_needle_folder(
         training_length=config.length if recipe else None,
         about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
     )
+
+
+def name_apart(reports: Sequence[NeedleReport], folders: Sequence[str | Path]) -> list[NeedleReport]:
+    """The reports of these folders, with the folder in the name of those that share a name without
+    being seeds of one recipe."""
+    named = []
+    for report, folder in zip(reports, folders, strict=True):
+        same = [
+            place for other, place in zip(reports, folders, strict=True) if other.name == report.name
+        ]
+        recipes = [_recipe_of(Path(place)) for place in same]
+        seeds = {recipe.pop("seed", None) for recipe in recipes}
+        for recipe in recipes:
+            recipe.pop("output_dir", None)
+        one_model = len(seeds) == len(same) and all(recipe == recipes[0] for recipe in recipes)
+        named.append(report if one_model else replace(report, name=f"{report.name} {folder}"))
+    return named
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:

@@ -16,15 +16,16 @@ tags:
 
 # {name}
 
-A {kind} language model of [everlong](https://pypi.org/project/everlong): its memory learns while it
+A {kind} language model of everlong: its memory learns while it
 reads, so its state has one size however long the text is. {parameters} parameters; layers: {layers}.
 
 ```python
 import everlong  # registers the model with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+folder = "{name}"  # this folder's path, or its name on a hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)  # where the tokenizer was saved beside the model
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```

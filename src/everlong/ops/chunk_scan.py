@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from everlong.ops.decay import (
     ChunkCoefficients,
@@ -28,6 +27,7 @@ from everlong.ops.decay import (
     coefficients_and_decays,
     coefficients_backward,
 )
+from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.inner_mlp import InnerGradient, LayerNorm, gelu_backward, memory_output
 
 Tensors = tuple[Tensor, ...]
@@ -264,7 +264,7 @@ class _ChunkScan(torch.autograd.Function):
         return (y, *state.tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
         # The forward pass ran without autocast, so does this, wherever it is called.
         with torch.autocast(dy.device.type, enabled=False):

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from everlong.ops.derivatives import first_derivatives_only
 
 
 def causal_conv_silu(
@@ -46,7 +47,7 @@ class _ConvSilu(torch.autograd.Function):
         return torch.nn.functional.silu(_convolve(x, weight, tail), inplace=True)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, tail = ctx.saved_tensors
         dy = torch.ops.aten.silu_backward(dout, _convolve(x, weight, tail))

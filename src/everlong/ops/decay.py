@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from everlong.ops.derivatives import first_derivatives_only
 
 
 class Gates(NamedTuple):
@@ -179,7 +180,7 @@ class _Coefficients(torch.autograd.Function):
         return tuple(coefficients)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, *grads: Any) -> Gates:
         *saved, memory_carry = ctx.saved_tensors
         gates, decays = Gates(*saved[:3]), Decays(*saved[3:])

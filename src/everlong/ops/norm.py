@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from everlong.ops.derivatives import first_derivatives_only
 
 UNIT_EPS = 1e-6
 
@@ -36,7 +37,7 @@ class _Rescaled(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         y, inverse = ctx.saved_tensors
         along = (y * dy).sum(-1, keepdim=True)

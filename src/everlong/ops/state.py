@@ -177,6 +177,8 @@ def save_states(states: Any, path: str | Path) -> None:
     """Write a tree of states, lists, dicts, tensors, numbers and names to one safetensors file."""
     named: dict[str, Tensor] = {}
     tree = _describe(states, "", named)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"cannot save to {path}: there is no folder {Path(path).parent}")
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
     save_file(tensors, path, metadata={"format": FORMAT, "tree": json.dumps(tree)})
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch.utils.data import Subset
 from transformers import (
@@ -182,6 +183,11 @@ class _Trainer(Trainer):
             return
         try:
             load_model(model or self.model, file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged or cut short ({error}): delete {resume_from_checkpoint} and resume "
+                "again, from the checkpoint before it"
+            ) from error
         except RuntimeError as error:
             raise ValueError(
                 f"{resume_from_checkpoint} does not fit the recipe's model: "
