@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from everlong import NeuralMemory, TitansConfig, TitansForCausalLM
+from everlong.models import LM2Config, LM2ForCausalLM
 
 VOCABULARY = 11
 CHUNK = 4  # chunk of every memory below
@@ -17,11 +18,15 @@ SEGMENT = 8  # segment of every memory as context below
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that reads a sequence and can go on where it stopped."""
+    """Something that reads a sequence and can go on where it stopped.
+
+    precision: Llama's own norms and angles are float32, whatever the parameters are.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     is_model: bool = True
+    precision: torch.dtype = torch.float64
 
     def make(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The module, the same each time, with parameters away from their symmetric start."""
@@ -114,6 +119,24 @@ def titans(*layer_types: str, **options: Any) -> Callable[[], nn.Module]:
     )
 
 
+def lm2(**options: Any) -> Callable[[], nn.Module]:
+    """A small LM2 of two layers."""
+    return lambda: LM2ForCausalLM(
+        LM2Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 8,
+                "intermediate_size": 12,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "segment_length": SEGMENT,
+            }
+            | options
+        )
+    )
+
+
 SUBJECTS = [
     Subject("layer", layer(), is_model=False),
     Subject("layer-linear", layer(depth=1), is_model=False),
@@ -129,6 +152,21 @@ SUBJECTS = [
     Subject("hybrid", titans("lmm", "sliding_attention", "full_attention")),
     Subject("hybrid-mac", titans("mac", "sliding_attention", "mag")),
     Subject("hybrid-mal", titans("mal", "full_attention", "mac", memory_depth=1)),
+    Subject("lm2", lm2(num_memory_slots=5), precision=torch.float32),
+    Subject(
+        "lm2-top-k",
+        lm2(num_memory_slots=5, memory_top_k=2, num_memory_heads=2),
+        precision=torch.float32,
+    ),
+    Subject(
+        "lm2-first-layer",
+        lm2(num_memory_slots=5, memory_layers=1, initial_memory_scale=0.5),
+        precision=torch.float32,
+    ),
+    Subject("lm2-positions", lm2(memory_addressing="positions"), precision=torch.float32),
+    Subject(
+        "lm2-released", lm2(memory_addressing="released", num_memory_heads=2), precision=torch.float32
+    ),
 ]
 
 # The same with chunks of a usual length, for very long texts.
@@ -140,4 +178,5 @@ LONG = [
     Subject("mac", titans("mac", chunk_size=64, segment_length=512)),
     Subject("mag", titans("mag", chunk_size=64, sliding_window=512)),
     Subject("mal", titans("mal", chunk_size=64, sliding_window=512)),
+    Subject("lm2", lm2(num_memory_slots=5, segment_length=512), precision=torch.float32),
 ]

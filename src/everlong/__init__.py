@@ -4,10 +4,20 @@ Importing registers the models with the Auto classes of `transformers`, and does
 """
 
 from everlong.layers import NeuralMemory
-from everlong.models import TitansConfig, TitansForCausalLM, TitansModel
+from everlong.models import (
+    LM2Config,
+    LM2ForCausalLM,
+    LM2Model,
+    TitansConfig,
+    TitansForCausalLM,
+    TitansModel,
+)
 from everlong.ops import NeuralMemoryState
 
 __all__ = [
+    "LM2Config",
+    "LM2ForCausalLM",
+    "LM2Model",
     "NeuralMemory",
     "NeuralMemoryState",
     "TitansConfig",

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from everlong import NeuralMemoryState, TitansConfig, TitansForCausalLM
 from everlong.data import byte_tokenizer
-from everlong.models import TitansCache
+from everlong.models import MemoryCache
 from everlong.models.presets import PRESETS
 from numerics import assert_close
 from subjects import CHUNK, SEGMENT, VOCABULARY, titans
@@ -60,7 +60,7 @@ def test_generate_from_a_cache_that_was_saved(kind, options, tmp_path):
     want = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
     with torch.no_grad():
         model(ids[:, :7], use_cache=True).past_key_values.save(tmp_path / "memory.safetensors")
-    cache = TitansCache.load(tmp_path / "memory.safetensors")
+    cache = MemoryCache.load(tmp_path / "memory.safetensors")
     for _ in range(2):  # the cache stays as it is
         got = model.generate_from(cache, ids[:, 7:], **asked)
         assert torch.equal(got, want[:, 7:])
@@ -96,15 +96,15 @@ def test_files_of_caches(tmp_path):
     cache = make("mac")(text(), use_cache=True).past_key_values
     cache.layers[0].state.save(tmp_path / "layer.safetensors")
     with pytest.raises(ValueError, match="holds the state of one layer"):
-        TitansCache.load(tmp_path / "layer.safetensors")
+        MemoryCache.load(tmp_path / "layer.safetensors")
     cache.save(tmp_path / "memory.safetensors")
-    with pytest.raises(ValueError, match=r"holds a .*, not a NeuralMemoryState"):
+    with pytest.raises(ValueError, match="holds the cache of a model, not a NeuralMemoryState"):
         NeuralMemoryState.load(tmp_path / "memory.safetensors")
     (tmp_path / "memory.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"):
-        TitansCache.load(tmp_path / "memory.safetensors")
+        MemoryCache.load(tmp_path / "memory.safetensors")
     with pytest.raises(FileNotFoundError):
-        TitansCache.load(tmp_path / "none.safetensors")
+        MemoryCache.load(tmp_path / "none.safetensors")
 
 
 @EVERY
@@ -390,7 +390,7 @@ def compiled_equals_eager(kind, backend):
         assert_close(name, grads[1][name], grads[0][name], torch.float32)
     with torch.no_grad():
         want = model(ids).logits
-        cache = TitansCache(1)
+        cache = MemoryCache(1)
         read(ids[:, :5].clone(), past_key_values=cache)
         got = [read(token.clone(), past_key_values=cache).logits for token in ids[:, 5:].split(1, 1)]
     assert_close("decoded", torch.cat(got, 1), want[:, 5:], torch.float32)
@@ -446,7 +446,7 @@ def test_generate_from_needs_no_no_grad():
     assert model.generate_from(cache, ids[:, :3], **asked).shape == (4, 6)
     for wrong in ({"use_cache": False}, {"past_key_values": None}):
         arguments = {"past_key_values": cache, "input_ids": ids, **wrong}
-        with pytest.raises(ValueError, match="goes on from a TitansCache"):
+        with pytest.raises(ValueError, match="goes on from a MemoryCache"):
             model.generate_from(**arguments)
 
 
@@ -456,7 +456,7 @@ def test_generate_from_needs_no_no_grad():
 def test_a_cache_of_a_model_with_other_states_is_refused(field, value, tmp_path):
     cache = make("mac")(text(), use_cache=True).past_key_values
     cache.save(tmp_path / "memory.safetensors")
-    for held in (cache, TitansCache.load(tmp_path / "memory.safetensors")):
+    for held in (cache, MemoryCache.load(tmp_path / "memory.safetensors")):
         with pytest.raises(ValueError, match=f"belongs to another model, with {field}"):
             make("mac", **{field: value})(text(), past_key_values=held)
 

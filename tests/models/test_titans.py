@@ -155,7 +155,7 @@ def test_what_is_not_supported_is_refused(model):
     refused(model, r"attention_mask must be \[B, T\]", attention_mask=torch.ones(2, 9))
     refused(model, "position_ids must be", position_ids=torch.tensor([[0, 1, 0, 1]]))
     refused(model, "position_ids must be", position_ids=torch.zeros(3, 5).long())
-    refused(model, "must be a TitansCache, got DynamicCache", past_key_values=DynamicCache())
+    refused(model, "must be a MemoryCache, got DynamicCache", past_key_values=DynamicCache())
     cache = model(torch.randint(11, (1, 3)), use_cache=True).past_key_values
     refused(model, "batch 1 but the input has batch 2", past_key_values=cache)
     other = titans("lmm")().double()(torch.randint(11, (2, 3)), use_cache=True).past_key_values

@@ -1,6 +1,7 @@
 """Modules: parameters, projections and gates around the ops."""
 
 from everlong.layers.attention import Attention, AttentionState, SegmentAttention
+from everlong.layers.memory_bank import PositionBank, ReleasedBank, SlotBank
 from everlong.layers.neural_memory import NeuralMemory
 from everlong.layers.norm import RMSNorm
 from everlong.layers.weight import Gate, Weight
@@ -10,7 +11,10 @@ __all__ = [
     "AttentionState",
     "Gate",
     "NeuralMemory",
+    "PositionBank",
     "RMSNorm",
+    "ReleasedBank",
     "SegmentAttention",
+    "SlotBank",
     "Weight",
 ]

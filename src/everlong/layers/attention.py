@@ -31,6 +31,33 @@ class AttentionState(State):
         none = replace(initial, keys=torch.zeros_like(self.keys), values=torch.zeros_like(self.values))
         return super().restart(fresh, none)
 
+    def keep(
+        self,
+        k: Tensor,
+        v: Tensor,
+        position: PerRow,
+        lengths: Tensor | None,
+        most: int | None = None,
+        each: int = 1,
+    ) -> "AttentionState":
+        """The state at `position`, with as many of the last tokens of each row: `most` at most.
+
+        k, v: [B, M, (S + T) each, K], `each` rows a token, those of this state and of T new tokens;
+        lengths: [B] on the CPU, how many of the new ones are real (None: all).
+        """
+        bound = position if most is None else _at_most(position, most)
+        kept = each * (int(bound.max()) if isinstance(bound, Tensor) else bound)
+        if lengths is None:
+            start = k.shape[2] - kept
+            # A copy, or a few kept keys would hold the memory of all.
+            keys, values = (x[:, :, start:].clone() if start else x for x in (k, v))
+        else:
+            end = self.keys.shape[2] + lengths * each
+            index = (end[:, None] - kept + torch.arange(kept)).clamp(min=0)
+            index = index.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            keys, values = k.gather(2, index), v.gather(2, index)
+        return replace(self, keys=keys, values=values, position=position)
+
     @classmethod
     def join(cls, states: Sequence["AttentionState"]) -> "AttentionState":
         """The rows of several states, one behind the other."""
@@ -94,7 +121,7 @@ class Attention(nn.Module):
         state = self._checked(state, x)
         q, k, v = (self._heads(each, x) for each in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rotated(state, q, k)
-        k, v = _join(state.keys, k), _join(state.values, v)
+        k, v = join_keys(state.keys, k), join_keys(state.values, v)
         past = state.position
         if self.window is None:
             y = full_attention(q, k, v, past, state.prefix)
@@ -102,9 +129,8 @@ class Attention(nn.Module):
             past = _at_most(past, self.window - 1)
             y = sliding_attention(q, k, v, self.window, past, state.prefix)
         position = agreed(state.position + (x.shape[1] if lengths is None else lengths))
-        kept = _largest(position if self.window is None else _at_most(position, self.window - 1))
-        state = self._keep(state, k, v, kept, lengths)
-        return self._out(y), replace(state, position=position)
+        most = None if self.window is None else self.window - 1
+        return self._out(y), state.keep(k, v, position, lengths, most)
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """[B, T, D] as heads [B, N, T, K]."""
@@ -118,28 +144,6 @@ class Attention(nn.Module):
         steps = torch.arange(rows[0].shape[2], device=rows[0].device)
         start = torch.as_tensor(state.position).to(steps.device).view(-1, 1)
         return rotate(start + steps, self.rope_theta, *rows)
-
-    def _keep(
-        self,
-        state: AttentionState,
-        k: Tensor,
-        v: Tensor,
-        kept: int,
-        lengths: Tensor | None,
-        each: int = 1,
-    ) -> AttentionState:
-        """The last `kept` tokens of every row of k, v [B, M, (S + T) each, K]."""
-        if lengths is None:
-            start = k.shape[2] - kept * each
-            # A copy, or a few kept keys would hold the memory of all.
-            keys, values = (x[:, :, start:].clone() if start else x for x in (k, v))
-        else:
-            tokens = k.shape[2] - state.keys.shape[2]
-            end = k.shape[2] - tokens + lengths * each
-            index = (end[:, None] - kept * each + torch.arange(kept * each)).clamp(min=0)
-            index = index.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            keys, values = k.gather(2, index), v.gather(2, index)
-        return replace(state, keys=keys, values=values)
 
     def _checked(self, state: AttentionState | None, x: Tensor) -> AttentionState:
         """The state, or an empty one; refuses what is not this layer's."""
@@ -191,14 +195,13 @@ class SegmentAttention(Attention):
         q, k, v = (self._heads(each, x) for each in (self.q_proj, self.k_proj, self.v_proj))
         memory_k, memory_v = self._heads(self.k_proj, h), self._heads(self.v_proj, h)
         q, k, memory_k = self._rotated(state, q, k, memory_k)
-        k = _join(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))
-        v = _join(state.values, torch.stack([memory_v, v], 3).flatten(2, 3))
+        k = join_keys(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))
+        v = join_keys(state.values, torch.stack([memory_v, v], 3).flatten(2, 3))
         y = full_attention(q, k, v, state.position, state.prefix, each=2)
         position = agreed(
             (state.position + (x.shape[1] if lengths is None else lengths)) % self.segment
         )
-        state = self._keep(state, k, v, _largest(position), lengths, each=2)
-        return self._out(y), replace(state, position=position)
+        return self._out(y), state.keep(k, v, position, lengths, each=2)
 
     def over_prefix(self, prefix: Tensor) -> Tensor:
         """The outputs of prefix rows [1, P, D] that see each other and nothing else."""
@@ -224,13 +227,10 @@ def rotate(positions: Tensor, theta: float, *rows: Tensor) -> list[Tensor]:
     return rotated
 
 
-def _join(past: Tensor, new: Tensor) -> Tensor:
+def join_keys(past: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of past tokens, and of new ones behind them."""
     return torch.cat([past.to(new.dtype), new], 2) if past.shape[2] else new
 
 
 def _at_most(number: PerRow, bound: int) -> PerRow:
     return number.clamp(max=bound) if isinstance(number, Tensor) else min(number, bound)
-
-
-def _largest(number: PerRow) -> int:
-    return int(number.max()) if isinstance(number, Tensor) else number

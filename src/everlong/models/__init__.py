@@ -2,8 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, configuration_utils
 
-from everlong.models.cache import TitansCache
+from everlong.models.cache import MemoryCache
+from everlong.models.configuration_lm2 import LM2Config
 from everlong.models.configuration_titans import LAYER_TYPES, TitansConfig
+from everlong.models.modeling_lm2 import LM2ForCausalLM, LM2Model
 from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, TitansPreTrainedModel
 
 # Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
@@ -15,9 +17,15 @@ configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (
 AutoConfig.register("titans", TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
+AutoConfig.register("lm2", LM2Config)
+AutoModel.register(LM2Config, LM2Model)
+AutoModelForCausalLM.register(LM2Config, LM2ForCausalLM)
 
 __all__ = [
-    "TitansCache",
+    "LM2Config",
+    "LM2ForCausalLM",
+    "LM2Model",
+    "MemoryCache",
     "TitansConfig",
     "TitansForCausalLM",
     "TitansModel",

@@ -1,4 +1,4 @@
-"""What a Titans model keeps between calls, as a `transformers` cache."""
+"""What a model with a memory keeps between calls, as a `transformers` cache."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from everlong.models.titans_blocks import STATES
 from everlong.ops.state import State, load_states, save_states
 
 
@@ -25,7 +24,7 @@ class StateLayer(CacheLayerMixin):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how a memory is written."""
-        raise TypeError("a Titans cache holds states, not keys and values: set `state` instead")
+        raise TypeError("a memory's cache holds states, not keys and values: set `state` instead")
 
     def get_seq_length(self) -> int:
         """Columns read so far, pads included."""
@@ -67,14 +66,14 @@ class StateLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the state to the CPU."""
-        raise ValueError("offloading a Titans cache is not supported: its size is constant")
+        raise ValueError("offloading a memory's cache is not supported: its size is constant")
 
     def prefetch(self) -> None:
         """Move the state back."""
-        raise ValueError("offloading a Titans cache is not supported: its size is constant")
+        raise ValueError("offloading a memory's cache is not supported: its size is constant")
 
 
-class TitansCache(Cache):
+class MemoryCache(Cache):
     """A state for each layer; `past_key_values` of one call continues in the next."""
 
     def __init__(self, num_hidden_layers: int, made_by: dict[str, Any] | None = None) -> None:
@@ -100,21 +99,21 @@ class TitansCache(Cache):
         state = self.layers[0].state
         return -1 if state is None else state.batch_size
 
-    def detach(self) -> "TitansCache":
+    def detach(self) -> "MemoryCache":
         """Cut the history of every state, in place: gradients stop here. Returns itself."""
         for layer in self.layers:
             layer.state = None if layer.state is None else layer.state.detach()
         return self
 
-    def copy(self) -> "TitansCache":
+    def copy(self) -> "MemoryCache":
         """Another cache at the same place, without history; what one reads the other does not see."""
-        new = TitansCache(len(self.layers), self.made_by)
+        new = MemoryCache(len(self.layers), self.made_by)
         for mine, its in zip(self.layers, new.layers, strict=True):
             its.seen = mine.seen
             its.state = None if mine.state is None else mine.state.detach()
         return new
 
-    def to(self, device: torch.device | str) -> "TitansCache":
+    def to(self, device: torch.device | str) -> "MemoryCache":
         """Move every state to a device, in place. Returns itself."""
         for layer in self.layers:
             layer.state = None if layer.state is None else layer.state.to(device)
@@ -126,12 +125,12 @@ class TitansCache(Cache):
         save_states({"made_by": json.dumps(self.made_by), "layers": layers}, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TitansCache":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryCache":
         """Read what `save` wrote.
 
         Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
         """
-        held = load_states(path, STATES)
+        held = load_states(path)
         if not isinstance(held, dict):
             raise ValueError(f"{path} holds the state of one layer, not the cache of a model")
         cache = cls(len(held["layers"]), json.loads(held["made_by"]))

@@ -17,7 +17,7 @@ tags:
 # {name}
 
 A {kind} language model of everlong: its memory learns while it
-reads, so its state has one size however long the text is. {parameters} parameters; layers: {layers}.
+reads, so its state has one size however long the text is. {parameters} parameters{layers}.
 
 ```python
 import everlong  # registers the model with transformers
@@ -48,12 +48,13 @@ def write_card(folder: str | Path, config: PreTrainedConfig, parameters: int) ->
         return
     fields = config.to_diff_dict()
     layers: list[str] = getattr(config, "layer_types", None) or []
+    counts = [f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers)]
     path.write_text(
         CARD.format(
             kind=config.model_type,
             name=Path(folder).resolve().name,
             parameters=f"{parameters:,}",
-            layers=", ".join(f"{layers.count(kind)} {kind}" for kind in dict.fromkeys(layers)),
+            layers=f"; layers: {', '.join(counts)}" if counts else "",
             config=json.dumps(fields, indent=2),
         ),
         encoding="utf-8",

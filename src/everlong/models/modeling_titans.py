@@ -1,24 +1,22 @@
 """Titans as `transformers` models: a Llama decoder whose layers carry a neural memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from everlong.layers import Gate, RMSNorm, Weight
-from everlong.models.cache import TitansCache
+from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
 from everlong.models.configuration_titans import TitansConfig
-from everlong.models.titans_blocks import BLOCKS, BlockOutput, join_pieces
+from everlong.models.stateful import BlockOutput, StatefulDecoder, StatefulGeneration
+from everlong.models.titans_blocks import BLOCKS
 from everlong.ops import MemoryTrace
-from everlong.ops.documents import Documents
-from everlong.ops.state import State
 
 FAINT = 1e-3  # of the full strength of writing: below it the price of `memory_write_cost` fades
 
@@ -108,7 +106,7 @@ class TitansCausalLMOutput(CausalLMOutputWithPast):
     memory: tuple[MemoryTrace | None, ...] | None = None
 
 
-class TitansModel(TitansPreTrainedModel):
+class TitansModel(StatefulDecoder, TitansPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: TitansConfig) -> None:
@@ -124,7 +122,7 @@ class TitansModel(TitansPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        past_key_values: MemoryCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_memory: bool = False,
@@ -150,21 +148,9 @@ class TitansModel(TitansPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache:
-            past_key_values = TitansCache(self.config.num_hidden_layers)
-        if past_key_values is not None:
-            self._check_cache(past_key_values, x.shape[0])
-        states: list[State | None] = [None] * len(self.layers)
-        if past_key_values is not None:
-            states = [layer.state for layer in past_key_values.layers]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        documents = _documents(x, attention_mask, position_ids, past, states[0] is not None)
-        outputs = self._read(x, states, documents, output_memory)
-        if past_key_values is not None:
-            for cached, out in zip(past_key_values.layers, outputs, strict=True):
-                cached.state = out.state
-                cached.seen += x.shape[1]
+        outputs, cache = self.read(
+            x, attention_mask, position_ids, past_key_values, use_cache, output_memory
+        )
         y = outputs[-1].y
         written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
         last = self.norm(y)
@@ -173,82 +159,11 @@ class TitansModel(TitansPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return TitansModelOutput(
             last_hidden_state=last,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=hidden if output_hidden_states else None,
             written=torch.stack(written).mean(0) if written else None,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
-
-    def _read(
-        self, x: Tensor, states: list[State | None], documents: Documents | None, trace: bool
-    ) -> list[BlockOutput]:
-        """All layers over all tokens, [B, T, ...]: each document in a row of its own."""
-        if documents is None:
-            return self._run(x, states, None, trace)
-        read = []
-        for group in documents.groups():
-            begin = [group.begin(state) for state in states]
-            outputs = self._run(group.gather(x), begin, group, trace)
-            read.append([(group, out) for out in outputs])
-        return [
-            join_pieces([out.map(group.scatter) for group, out in layer], _sum)._replace(
-                state=Documents.end([(group, out.state) for group, out in layer])
-            )
-            for layer in zip(*read, strict=True)
-        ]
-
-    def _run(
-        self, x: Tensor, states: list[State | None], group: Documents | None, trace: bool
-    ) -> list[BlockOutput]:
-        """All layers over rows aligned left, with the gradients cut where the config wants it."""
-        pieces = []
-        fresh, lengths = (None, None) if group is None else (group.fresh, group.lengths)
-        for piece, count in self._pieces(x, lengths):
-            if self.config.backprop_segments and torch.is_grad_enabled():
-                states = [None if state is None else state.detach() for state in states]
-            outputs = []
-            for layer, state in zip(self._layers(), states, strict=True):
-                outputs.append(layer(piece, state, lengths=count, fresh=fresh, trace=trace))
-                piece = outputs[-1].y
-            states, fresh = [out.state for out in outputs], None
-            pieces.append(outputs)
-        return [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
-
-    def _layers(self) -> Iterator[TitansLayer]:
-        """The layers, for a type checker."""
-        for layer in self.layers:
-            assert isinstance(layer, TitansLayer)
-            yield layer
-
-    def _pieces(self, x: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Tokens, and the rows' lengths, between one cut of the gradients and the next."""
-        segments = self.config.backprop_segments
-        if not segments or not torch.is_grad_enabled():
-            yield x, lengths
-            return
-        size = segments * self.config.segment_length
-        for start in range(0, max(x.shape[1], 1), size):
-            count = None if lengths is None else (lengths - start).clamp(0, size)
-            yield x[:, start : start + size], count
-
-    def _check_cache(self, cache: Any, batch: int) -> None:
-        """Refuse a cache of another kind, model or batch."""
-        if not isinstance(cache, TitansCache):
-            raise ValueError(
-                f"past_key_values must be a TitansCache, got {type(cache).__name__}: pass None for an "
-                "empty memory, or the past_key_values that an earlier call of this model returned"
-            )
-        if len(cache.layers) != len(self.layers):
-            raise ValueError(
-                f"the cache has {len(cache.layers)} layers but the model {len(self.layers)}: it "
-                "belongs to another model"
-            )
-        if cache.batch_size not in (-1, batch):
-            raise ValueError(
-                f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "
-                "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
-            )
-        cache.check(self.config.state_fields())
 
 
 def _price(strength: Tensor) -> Tensor:
@@ -260,41 +175,7 @@ def _price(strength: Tensor) -> Tensor:
     return torch.log1p(strength / FAINT).mean((-1, -2))
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-
-def _documents(
-    x: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    past: int,
-    continued: bool,
-) -> Documents | None:
-    """The documents in x [B, T, D]; None where each row is one that goes on."""
-    batch, tokens = x.shape[:2]
-    if attention_mask is None and position_ids is None:
-        return None
-    real = torch.ones(batch, tokens, dtype=torch.bool)
-    if attention_mask is not None:
-        shape = list(attention_mask.shape)
-        if shape not in ([batch, tokens], [batch, past + tokens]):
-            raise ValueError(
-                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T] = "
-                f"{[batch, past + tokens]}, 1 at tokens and 0 at pads, got {shape}"
-            )
-        real = attention_mask[:, shape[1] - tokens :].bool().cpu()
-    starts = torch.zeros_like(real)
-    if position_ids is not None:
-        if list(position_ids.shape) not in ([batch, tokens], [1, tokens]):
-            raise ValueError(
-                f"position_ids must be [B, T] = {[batch, tokens]}, got {list(position_ids.shape)}"
-            )
-        starts = (position_ids == 0).cpu().expand(batch, -1)
-    return Documents.of(real, starts, continued)
-
-
-class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+class TitansForCausalLM(TitansPreTrainedModel, StatefulGeneration, GenerationMixin):
     """The decoder with a language-model head: trains, saves, loads and generates as Llama does."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -306,69 +187,12 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """`generate` carries the memory in our cache, unless the user brings one or wants none."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not hold a "
-                "memory: leave it out"
-            )
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError(
-                "generate goes on from the last column, which is a pad in some rows: pad on the left "
-                '(tokenizer.padding_side = "left")'
-            )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
-
-    def generate_from(
-        self,
-        past_key_values: TitansCache,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`generate` from a cache that has read something: input_ids [B, T] are the new tokens alone.
-
-        attention_mask: [B, T], 0 at pads on the left. The rest, and the result, as `generate`, without
-        a token of what the cache has read. The cache itself stays as it is. A cache of one row serves
-        any number of rows.
-        """
-        if not isinstance(past_key_values, TitansCache) or kwargs.get("use_cache") is False:
-            raise ValueError(
-                "generate_from goes on from a TitansCache and keeps what it reads there: give one, and "
-                "leave use_cache on"
-            )
-        cache = past_key_values.copy()
-        batch = input_ids.shape[0]
-        if cache.batch_size == 1 and batch > 1:
-            cache.batch_repeat_interleave(batch)
-        config = kwargs.get("generation_config") or self.generation_config
-        copies = [
-            kwargs.get(name) or getattr(config, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        if cache.batch_size == batch and max(copies) > 1:
-            cache.batch_repeat_interleave(max(copies))
-        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        past = new.new_ones(batch, cache.get_seq_length())
-        mask = torch.cat([past, new], 1)
-        return self.generate(input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        past_key_values: MemoryCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,

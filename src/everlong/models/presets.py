@@ -1,9 +1,9 @@
-"""The sizes of the Titans paper as configurations (CR table 5).
+"""The sizes of the papers as configurations.
 
-Blocks, width, heads, window 2,048, segment 512, chunk 16, 128 persistent tokens and the vocabulary
-are the paper's (the 400M's shape is not in it: taken as the 340M's). The width of the MLP is not:
-it is chosen so that the parameters are those of the name, with tied embeddings and as many memory
-heads as attention heads.
+Titans (CR table 5): blocks, width, heads, window 2,048, segment 512, chunk 16, 128 persistent tokens
+and the vocabulary are the paper's (the 400M's shape is not in it: taken as the 340M's). The width of
+the MLP is not: it is chosen so that the parameters are those of the name, with tied embeddings and as
+many memory heads as attention heads.
 """
 
 from typing import Any
@@ -48,3 +48,44 @@ def preset_fields(name: str) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+# LM2: Llama-3.2-1B with 2,048 slots in every layer.
+_LM2: dict[str, dict[str, Any]] = {
+    "lm2-1.7b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": True,
+        "segment_length": 2048,
+        "num_memory_slots": 2048,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "lm2-small": {
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "tie_word_embeddings": True,
+        "segment_length": 512,
+        "num_memory_slots": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def lm2_preset_fields(name: str) -> dict[str, Any]:
+    """The fields of `LM2Config` that a preset sets. Raises ValueError for an unknown name."""
+    if name not in _LM2:
+        raise ValueError(f"unknown preset {name!r}: use one of {', '.join(_LM2)}")
+    return dict(_LM2[name])

@@ -8,7 +8,7 @@ gate normed, y * sigmoid(m) is written y (x) m.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,42 +23,10 @@ from everlong.layers import (
     Weight,
 )
 from everlong.models.configuration_titans import TitansConfig
-from everlong.ops import MemoryTrace, NeuralMemoryState
-from everlong.ops.documents import Piece
-from everlong.ops.state import State, choose, per_row
-
-
-class BlockOutput(NamedTuple):
-    """y [B, T, D], the state to go on from, how strongly each token was written ([B, T, H, L], None
-    without a memory), and what the memory did, where that was asked."""
-
-    y: Tensor
-    state: Any
-    strength: Tensor | None = None
-    trace: MemoryTrace | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
-        """With `function` applied to all that is [B, T, ...]."""
-        return join_pieces([self], lambda parts: function(parts[0]))
-
-
-def join_pieces(
-    outputs: list[BlockOutput], join: Callable[[list[Tensor]], Tensor] | None = None
-) -> BlockOutput:
-    """One output from those of pieces in a row; `join` puts a tensor's pieces together (one behind
-    the other if None)."""
-    if join is None:
-        if len(outputs) == 1:
-            return outputs[0]
-        join = lambda parts: torch.cat(parts, 1)  # noqa: E731
-    last = outputs[-1]
-    strength = trace = None
-    if last.strength is not None:
-        strength = join([out.strength for out in outputs if out.strength is not None])
-    if last.trace is not None:
-        fields = zip(*(out.trace for out in outputs if out.trace is not None), strict=True)
-        trace = MemoryTrace(*(join(list(parts)) for parts in fields))
-    return BlockOutput(join([out.y for out in outputs]), last.state, strength, trace)
+from everlong.models.stateful import BlockOutput, join_pieces
+from everlong.ops import NeuralMemoryState
+from everlong.ops.documents import Cuts
+from everlong.ops.state import State, choose
 
 
 @dataclass(frozen=True)
@@ -82,10 +50,6 @@ class MACState(State):
 
 register_dataclass(MemoryAndAttentionState)
 register_dataclass(MACState)
-STATES: dict[str, type[State]] = {
-    kind.__name__: kind
-    for kind in (NeuralMemoryState, AttentionState, MemoryAndAttentionState, MACState)
-}
 
 
 class Block(nn.Module):
@@ -288,37 +252,13 @@ class MAC(MemoryBlock):
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
         """See the class."""
-        position = state.attention.position
-        if lengths is not None or not isinstance(position, int):
-            counts = per_row(x.shape[1] if lengths is None else lengths, x.shape[0])
-            return self._mix_ragged(x, state, counts, trace)
+        segment = self.attention.segment
+        cuts = Cuts((x.shape[0], x.shape[1]), state.attention.position, segment, lengths)
         outputs: list[BlockOutput] = []
-        first = self.attention.segment - position
-        for piece in (x[:, :first], *x[:, first:].split(self.attention.segment, 1)):
-            if piece.shape[1] or not outputs:
-                outputs.append(self._read_segment(piece, state, None, trace))
-                state = outputs[-1].state
-        return join_pieces(outputs)
-
-    def _mix_ragged(self, x: Tensor, state: Any, counts: Tensor, trace: bool) -> BlockOutput:
-        """As `mix`, with rows at positions or of lengths of their own."""
-        offset = torch.zeros_like(counts)
-        outputs: list[BlockOutput] = []
-        pieces: list[Piece] = []
-        while not outputs or bool((offset < counts).any()):
-            left = self.attention.segment - per_row(state.attention.position, x.shape[0])
-            count = torch.minimum(left, counts - offset)
-            pieces.append(Piece(offset, count, x.device))
-            outputs.append(self._read_segment(pieces[-1].take(x), state, count, trace))
-            state, offset = outputs[-1].state, offset + count
-
-        def join(parts: list[Tensor]) -> Tensor:
-            whole = parts[0].new_zeros(*x.shape[:2], *parts[0].shape[2:])
-            for part, piece in zip(parts, pieces, strict=True):
-                whole = piece.put(whole, part)
-            return whole
-
-        return join_pieces(outputs, join)
+        for piece, count in cuts.take(x):
+            outputs.append(self._read_segment(piece, state, count, trace))
+            state = outputs[-1].state
+        return join_pieces(outputs, cuts.join)
 
     def _read_segment(
         self, x: Tensor, state: MACState, lengths: Tensor | None, trace: bool

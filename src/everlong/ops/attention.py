@@ -26,7 +26,7 @@ def full_attention(
     q: [B, N, T, K]; k, v: [B, M, (S + T) each, K] with N a multiple of M; `each` keys belong to one
     token. past: past tokens, for each row where rows differ; default S. Returns [B, N, T, K].
     """
-    mask = _mask(q, k.shape[2] // each, past, None, plain=each == 1)
+    mask = causal_mask(q, k.shape[2] // each, past, None, plain=each == 1)
     return _attend(q, k, v, None if mask is None else mask.repeat_interleave(each, -1), prefix)
 
 
@@ -48,7 +48,7 @@ def sliding_attention(
     first = min(window, tokens)
     begin = slice(slots + first)
     head = q[:, :, :first]
-    mask = _mask(head, slots + first, past, window)
+    mask = causal_mask(head, slots + first, past, window)
     y = _attend(head, k[:, :, begin], v[:, :, begin], mask, prefix)
     if tokens == first:
         return y
@@ -69,7 +69,7 @@ def sliding_attention(
     return torch.cat([y, rest[:, :, : tokens - first]], 2)
 
 
-def _mask(
+def causal_mask(
     q: Tensor, keys: int, past: PerRow | None, window: int | None, plain: bool = True
 ) -> Tensor | None:
     """Which of the S + T keys each query sees: [T, S + T] or [B, 1, T, S + T].

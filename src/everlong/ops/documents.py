@@ -5,13 +5,14 @@ pads, or with several documents in a row, is read as one row for each document, 
 what was read goes back to where it came from.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from everlong.ops.state import State
+from everlong.ops.state import PerRow, State, per_row
 
 Own = TypeVar("Own", bound=State)
 
@@ -164,6 +165,51 @@ class Piece:
         sizes = [*x.shape]
         sizes[0], sizes[dim] = token.shape
         return _along(token, x, dim).expand(sizes)
+
+
+class Cuts:
+    """A call's T tokens, cut where a segment ends: rows may stand at positions, or have lengths, of
+    their own.
+
+    position: tokens of the open segment so far, an integer or [B]; lengths: [B] on the CPU, the real
+    tokens of each row, aligned left (None: all).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], position: PerRow, segment: int, lengths: Tensor | None
+    ) -> None:
+        batch, tokens = self.shape = shape
+        self.counts: list[Tensor] | None = None
+        if lengths is None and isinstance(position, int):
+            first = min(segment - position, tokens)
+            whole, rest = divmod(tokens - first, segment)
+            self.sizes = [first, *[segment] * whole, *([rest] if rest else [])]
+            return
+        lengths = per_row(tokens if lengths is None else lengths, batch)
+        position = per_row(position, batch)
+        offset, self.counts, self.starts = torch.zeros_like(lengths), [], []
+        while not self.counts or bool((offset < lengths).any()):
+            count = torch.minimum(segment - position, lengths - offset)
+            self.counts.append(count)
+            self.starts.append(offset)
+            offset, position = offset + count, (position + count) % segment
+
+    def take(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The pieces of x [B, T, ...] in turn, each with its lengths."""
+        if self.counts is None:
+            yield from ((piece, None) for piece in x.split(self.sizes, 1))
+            return
+        for start, count in zip(self.starts, self.counts, strict=True):
+            yield Piece(start, count, x.device).take(x), count
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """What came of the pieces, [B, T, ...]."""
+        if self.counts is None:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        whole = parts[0].new_zeros(*self.shape, *parts[0].shape[2:])
+        for start, count, part in zip(self.starts, self.counts, parts, strict=True):
+            whole = Piece(start, count, part.device).put(whole, part)
+        return whole
 
 
 def _along(numbers: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -5,10 +5,10 @@ CPU when they do not, so that no step waits for a device to learn where it stand
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,8 +37,13 @@ class State:
     """Base of the states: dataclasses of tensors (batch first), tuples of them, integers, states.
 
     The first field holds tensors. One called `position` is a number for each row, and stays on the
-    CPU.
+    CPU. A file of states names their classes: each is known by its name from its definition on.
     """
+
+    kinds: ClassVar[dict[str, type["State"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        State.kinds[cls.__name__] = cls
 
     @property
     def batch_size(self) -> int:
@@ -128,9 +133,10 @@ class State:
 
         Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
         """
-        state = load_states(path, {cls.__name__: cls})
+        state = load_states(path)
         if not isinstance(state, cls):
-            raise ValueError(f"{path} holds a {type(state).__name__}, not a {cls.__name__}")
+            held = "the cache of a model" if isinstance(state, dict) else f"a {type(state).__name__}"
+            raise ValueError(f"{path} holds {held}, not a {cls.__name__}")
         return state.to(device)
 
 
@@ -183,8 +189,8 @@ def save_states(states: Any, path: str | Path) -> None:
     save_file(tensors, path, metadata={"format": FORMAT, "tree": json.dumps(tree)})
 
 
-def load_states(path: str | Path, kinds: Mapping[str, type[State]]) -> Any:
-    """Read what `save_states` wrote; `kinds`: the classes of states that may be in it, by name.
+def load_states(path: str | Path) -> Any:
+    """Read what `save_states` wrote.
 
     Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
     """
@@ -202,7 +208,7 @@ def load_states(path: str | Path, kinds: Mapping[str, type[State]]) -> Any:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no state of format {FORMAT!r} (its metadata: {metadata})")
     try:
-        return _rebuild(json.loads(metadata["tree"]), named, kinds, path)
+        return _rebuild(json.loads(metadata["tree"]), named, path)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its tensors and their description differ") from error
 
@@ -224,18 +230,16 @@ def _describe(value: Any, name: str, named: dict[str, Tensor]) -> Any:
     return value
 
 
-def _rebuild(
-    tree: Any, named: dict[str, Tensor], kinds: Mapping[str, type[State]], path: str | Path
-) -> Any:
+def _rebuild(tree: Any, named: dict[str, Tensor], path: str | Path) -> Any:
     if isinstance(tree, list):
-        return tuple(_rebuild(item, named, kinds, path) for item in tree)
+        return tuple(_rebuild(item, named, path) for item in tree)
     if not isinstance(tree, dict):
         return tree
     if "dict" in tree:
-        return {n: _rebuild(item, named, kinds, path) for n, item in tree["dict"].items()}
+        return {n: _rebuild(item, named, path) for n, item in tree["dict"].items()}
     if "tensor" in tree:
         return named[tree["tensor"]]
-    if tree["state"] not in kinds:
-        raise ValueError(f"{path} holds a {tree['state']}, not a {' or '.join(kinds)}")
-    parts = {n: _rebuild(part, named, kinds, path) for n, part in tree["fields"].items()}
-    return kinds[tree["state"]](**parts)
+    if tree["state"] not in State.kinds:
+        raise ValueError(f"{path} holds a {tree['state']}, which is no state of everlong")
+    parts = {n: _rebuild(part, named, path) for n, part in tree["fields"].items()}
+    return State.kinds[tree["state"]](**parts)

@@ -1,0 +1,313 @@
+"""A bank of slots beside an attention: tokens read it, and write it (LM2).
+
+E is the self-attention's output, M the bank. Whose slot is whose:
+
+- `SlotBank`: any number of slots R for segments of any length; every token reads all slots, and at a
+  segment's end every slot attends the segment's tokens.
+- `PositionBank`: the paper's equations to the letter. Slot i belongs to place i of a segment, so there
+  are as many slots as a segment has tokens, and the bank flows from block to block.
+- `ReleasedBank`: the same, as the authors' released code has it where it differs from the paper.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
+
+from everlong.layers.attention import AttentionState, join_keys
+from everlong.layers.weight import Gate, Weight
+from everlong.ops.attention import causal_mask
+from everlong.ops.state import State, agreed
+
+
+class BankTrace(NamedTuple):
+    """What the tokens of a call did with a bank; 0 at pads."""
+
+    attention: Tensor  # [B, T, heads, R]  weights over slots
+    output_gate: Tensor  # [B, T, D]
+
+
+class SlotBank(nn.Module):
+    """R slots of width D.
+
+        read    X = softmax(Q K^T / sqrt(d)) V     Q = E W_Q, K = M W_K, V = M W_V    (eq. 1)
+                out = scale * sigmoid(X W_out) * X                                    (eqs. 2, 3)
+        write   U = softmax(Q K^T / sqrt(d)) V     Q = M W_Q', K = E W_K', V = E W_V'
+                M' = sigmoid(U W_in) * tanh(U) + sigmoid(U W_forget + b) * M          (eqs. 4-6)
+
+    Args:
+        hidden_size: D. num_slots: R. num_heads: heads of both attentions; divides D.
+        top_k: each token reads its k best slots only; None: all.
+        initial_scale: start of the scale, a number a channel; None: no scale. At 0 the bank is
+            closed: out is exactly 0, until the scale learns.
+        initial_forget: sigmoid(b) of a fresh bank, what a slot keeps at a segment's end.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_slots: int,
+        num_heads: int = 1,
+        top_k: int | None = None,
+        initial_scale: float | None = None,
+        initial_forget: float = 0.75,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.top_k = num_heads, top_k
+        self.slots = Weight(num_slots, hidden_size, start=nn.init.normal_)
+        self.q_proj, self.k_proj, self.v_proj = (_square(hidden_size) for _ in range(3))
+        self.output_gate, self.input_gate = _square(hidden_size), _square(hidden_size)
+        self.write_q_proj, self.write_k_proj, self.write_v_proj = (
+            _square(hidden_size) for _ in range(3)
+        )
+        self.forget_gate = Gate(hidden_size, hidden_size, initial_forget)
+        self.scale = _scale(hidden_size, initial_scale)
+
+    def initial(self, like: Tensor) -> Tensor:
+        """The bank before the first segment, [1, R, D], in the type of `like`."""
+        return self.slots().to(like.dtype).unsqueeze(0)
+
+    def read(self, e: Tensor, bank: Tensor, trace: bool = False) -> tuple[Tensor, BankTrace | None]:
+        """What each token of e [B, T, D] gets from bank [B, R, D]: [B, T, D]."""
+        q, k, v = (
+            _heads(x, self.num_heads) for x in (self.q_proj(e), self.k_proj(bank), self.v_proj(bank))
+        )
+        x, weights = _attend(q, k, v, None, self.top_k, trace)
+        gate = torch.sigmoid(self.output_gate(x))
+        return _scaled(self.scale, gate * x), _trace(weights, gate)
+
+    def keys_and_values(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens e [B, T, D] offer to the slots: [B, heads, T, d] each."""
+        return (
+            _heads(self.write_k_proj(e), self.num_heads),
+            _heads(self.write_v_proj(e), self.num_heads),
+        )
+
+    def write(self, bank: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The bank [B, R, D] after a segment of these keys and values; mask: [B, 1, 1, T], which of
+        them there are."""
+        q = _heads(self.write_q_proj(bank), self.num_heads)
+        u = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        new = torch.sigmoid(self.input_gate(u)) * torch.tanh(u)
+        return new + torch.sigmoid(self.forget_gate(u)) * bank
+
+
+class PositionRead(NamedTuple):
+    """What tokens get from the bank, [B, T, D], their rows of the bank for the next block, [B, T, D],
+    the state, and how, where that was asked."""
+
+    out: Tensor
+    rows: Tensor
+    state: "PositionState"
+    trace: BankTrace | None = None
+
+
+@dataclass(frozen=True)
+class PositionState(State):
+    """A block's rows of the open segment: their keys and values; `pooled` [B, D]: the sum over its
+    tokens that the gates of `ReleasedBank` see."""
+
+    seen: AttentionState
+    pooled: Tensor | None
+
+
+register_dataclass(PositionState)
+
+
+class PositionBank(nn.Module):
+    """The bank of the paper, to the letter: token i of a segment owns row m_i, and reads rows j <= i.
+
+        X = softmax(Q K^T / sqrt(d)) V     Q = E W_Q, K = m W_K, V = m W_V    (eq. 1)
+        out = scale * sigmoid(X W_out) * m                                    (eqs. 2, 3)
+        m' = sigmoid(E W_in) * tanh(X) + sigmoid(X W_forget) * m              (eqs. 4-6)
+
+    m' is m of the next block; what the last block leaves is m of the first one in the next segment.
+
+    Args: as `SlotBank`'s.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_slots: int,
+        num_heads: int = 1,
+        top_k: int | None = None,
+        initial_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
+        self.q_proj, self.k_proj, self.v_proj = (_square(hidden_size) for _ in range(3))
+        self.output_gate, self.input_gate, self.forget_gate = (_square(hidden_size) for _ in range(3))
+        self.scale = _scale(hidden_size, initial_scale)
+
+    def initial_state(self, like: Tensor) -> PositionState:
+        """The state of one row at a segment's start."""
+        return _no_rows(self.num_heads, like)
+
+    def forward(
+        self,
+        e: Tensor,
+        rows: Tensor,
+        state: PositionState,
+        lengths: Tensor | None = None,
+        trace: bool = False,
+    ) -> PositionRead:
+        """e: the self-attention's output, [B, T, D]; rows: m, [B, T, D]. The T tokens (lengths: [B] on
+        the CPU, the real ones of each row) lie in one segment."""
+        x, seen, weights = _over_rows(self, e, rows, state, lengths, trace)
+        gate = torch.sigmoid(self.output_gate(x))
+        new = torch.sigmoid(self.input_gate(e)) * torch.tanh(x)
+        new = new + torch.sigmoid(self.forget_gate(x)) * rows
+        return PositionRead(
+            _scaled(self.scale, gate * rows), new, PositionState(seen, None), _trace(weights, gate)
+        )
+
+
+class ReleasedBank(nn.Module):
+    """As `PositionBank`, with what the released code does otherwise.
+
+        X = softmax(Q K^T / sqrt(d)) V       biases in Q, K, V
+        Z = LN(m + X),  Z = LN(Z + MLP(Z))   an MLP of two ReLU layers that share one matrix
+        g_in, g_forget = sigmoid(W p + W' tanh(m) + b),   p_i = mean over j <= i of relu(w * E_j)
+        m' = g_in * tanh(Z) + g_forget * m,  out = scale * m'
+
+    In that code p is the mean over the whole segment: every token sees the future. Here it is the mean
+    over what a token may see. Dropout is left out.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_slots: int,
+        num_heads: int = 8,
+        top_k: int | None = None,
+        initial_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
+        self.q_proj, self.k_proj, self.v_proj, self.mlp = (
+            nn.Linear(hidden_size, hidden_size) for _ in range(4)
+        )
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+        self.input_weight = Weight(hidden_size, start=nn.init.ones_)
+        self.input_proj = nn.Linear(hidden_size, 2 * hidden_size)
+        self.memory_proj = nn.Linear(hidden_size, 2 * hidden_size)
+        self.gate_bias = Weight(2, start=_released_bias)
+        self.scale = _scale(hidden_size, initial_scale)
+
+    def initial_state(self, like: Tensor) -> PositionState:
+        """The state of one row at a segment's start."""
+        state = _no_rows(self.num_heads, like)
+        return replace(state, pooled=like.new_zeros(1, like.shape[-1]))
+
+    def forward(
+        self,
+        e: Tensor,
+        rows: Tensor,
+        state: PositionState,
+        lengths: Tensor | None = None,
+        trace: bool = False,
+    ) -> PositionRead:
+        """As `PositionBank.forward`."""
+        x, seen, weights = _over_rows(self, e, rows, state, lengths, trace)
+        z = self.attention_norm(rows + x)
+        z = self.mlp_norm(z + F.relu(self.mlp(F.relu(self.mlp(z)))))
+        before = torch.as_tensor(state.seen.position).view(-1, 1)
+        count = (before + 1 + torch.arange(e.shape[1])).to(e.device)[..., None]
+        assert state.pooled is not None
+        pooled = state.pooled[:, None] + F.relu(self.input_weight() * e).cumsum(1)
+        gates = self.input_proj(pooled / count) + self.memory_proj(torch.tanh(rows))
+        bias = self.gate_bias()
+        g_in, g_forget = gates.chunk(2, -1)
+        g_in = torch.sigmoid(g_in + bias[0])
+        new = g_in * torch.tanh(z) + torch.sigmoid(g_forget + bias[1]) * rows
+        # The sum of no token stands before the first: row b's sum is behind its lengths[b] tokens.
+        sums = torch.cat([state.pooled[:, None], pooled], 1)
+        taken = torch.as_tensor(e.shape[1] if lengths is None else lengths).expand(len(e))
+        going_on = (torch.as_tensor(seen.position) > 0).to(e.device).view(-1, 1)
+        last = sums[torch.arange(len(e), device=e.device), taken.to(e.device)].where(going_on, 0.0)
+        return PositionRead(
+            _scaled(self.scale, new), new, PositionState(seen, last), _trace(weights, g_in)
+        )
+
+
+def _square(size: int) -> nn.Linear:
+    return nn.Linear(size, size, bias=False)
+
+
+def _scale(size: int, initial: float | None) -> Weight | None:
+    if initial is None:
+        return None
+    return Weight(size, start=lambda weight: nn.init.constant_(weight, initial))
+
+
+def _scaled(scale: Weight | None, x: Tensor) -> Tensor:
+    return x if scale is None else scale() * x
+
+
+def _released_bias(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(torch.tensor([0.0, 1.0]))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, D] as [B, heads, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, top_k: int | None, trace: bool
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(d)) v as [B, T, D], each query with its `top_k` best keys alone; and the
+    weights [B, T, heads, R], where they are asked for. mask: True where a key may be seen."""
+    if top_k is None and not trace:
+        y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+    else:
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if top_k is not None and top_k < scores.shape[-1]:
+            least = scores.topk(top_k, -1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        weights = scores.softmax(-1)
+        y, weights = weights @ v, weights.transpose(1, 2)
+    return y.transpose(1, 2).flatten(2), weights if trace else None
+
+
+def _trace(weights: Tensor | None, gate: Tensor) -> BankTrace | None:
+    return None if weights is None else BankTrace(weights, gate)
+
+
+def _no_rows(heads: int, like: Tensor) -> PositionState:
+    none = like.new_zeros(1, heads, 0, like.shape[-1] // heads)
+    return PositionState(AttentionState(none, none, 0, None), None)
+
+
+def _over_rows(
+    bank: "PositionBank | ReleasedBank",
+    e: Tensor,
+    rows: Tensor,
+    state: PositionState,
+    lengths: Tensor | None,
+    trace: bool,
+) -> tuple[Tensor, AttentionState, Tensor | None]:
+    """Token i's attention over rows j <= i of its segment: [B, T, D], the state, the weights."""
+    q, k, v = (
+        _heads(x, bank.num_heads) for x in (bank.q_proj(e), bank.k_proj(rows), bank.v_proj(rows))
+    )
+    k, v = join_keys(state.seen.keys, k), join_keys(state.seen.values, v)
+    mask = causal_mask(q, k.shape[2], state.seen.position, None, plain=False)
+    x, weights = _attend(q, k, v, mask, bank.top_k, trace)
+    if weights is not None:  # by slot instead of by key, of which a row has its own number
+        slot = torch.arange(k.shape[2]) - state.seen.keys.shape[2]
+        slot = slot + torch.as_tensor(state.seen.position).view(-1, 1)
+        slot = slot.clamp(0, bank.num_slots - 1).to(e.device)[:, None, None].expand(weights.shape)
+        spread = weights.new_zeros(*weights.shape[:3], bank.num_slots)
+        weights = spread.scatter_add(3, slot, weights)
+    taken = e.shape[1] if lengths is None else lengths
+    position = agreed((state.seen.position + taken) % bank.num_slots)
+    return x, state.seen.keep(k, v, position, lengths), weights

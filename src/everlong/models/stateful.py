@@ -1,0 +1,266 @@
+"""What every model with a memory does the same way, whatever its layers are.
+
+A layer reads rows from where its state stopped and hands out a state: `BlockOutput`. Here: states in
+a cache, documents in rows of their own, gradients cut where that is wanted, and `generate`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from everlong.models.cache import MemoryCache
+from everlong.ops.documents import Documents
+from everlong.ops.memory_trace import MemoryTrace
+from everlong.ops.state import State
+
+
+class BlockOutput(NamedTuple):
+    """y [B, T, D], the state to go on from, how strongly each token was written ([B, T, H, L], None
+    without a memory), and what the memory did, where that was asked."""
+
+    y: Tensor
+    state: Any
+    strength: Tensor | None = None
+    trace: MemoryTrace | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
+        """With `function` applied to all that is [B, T, ...]."""
+        return join_pieces([self], lambda parts: function(parts[0]))
+
+
+def join_pieces(
+    outputs: list[BlockOutput], join: Callable[[list[Tensor]], Tensor] | None = None
+) -> BlockOutput:
+    """One output from those of pieces in a row; `join` puts a tensor's pieces together (one behind
+    the other if None)."""
+    if join is None:
+        if len(outputs) == 1:
+            return outputs[0]
+        join = lambda parts: torch.cat(parts, 1)  # noqa: E731
+    last = outputs[-1]
+    strength = trace = None
+    if last.strength is not None:
+        strength = join([out.strength for out in outputs if out.strength is not None])
+    if last.trace is not None:
+        fields = zip(*(out.trace for out in outputs if out.trace is not None), strict=True)
+        trace = type(last.trace)(*(join(list(parts)) for parts in fields))
+    return BlockOutput(join([out.y for out in outputs]), last.state, strength, trace)
+
+
+class StatefulDecoder:
+    """Mixin of decoders: `config`, and `layers` that read (x, state, lengths, fresh, trace)."""
+
+    config: Any
+    layers: nn.ModuleList
+
+    def read(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: MemoryCache | None,
+        use_cache: bool | None,
+        trace: bool,
+    ) -> tuple[list[BlockOutput], MemoryCache | None]:
+        """The output of each layer for x [B, T, D], and the cache, which is changed in place.
+
+        Arguments as those of the model's `forward`. Raises ValueError for a cache of another model
+        or batch.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = MemoryCache(len(self.layers))
+        states: list[State | None] = [None] * len(self.layers)
+        past = 0
+        if cache is not None:
+            self._check_cache(cache, x.shape[0])
+            states = [layer.state for layer in cache.layers]
+            past = cache.get_seq_length()
+        documents = _documents(x, attention_mask, position_ids, past, states[0] is not None)
+        outputs = self._read(x, states, documents, trace)
+        if cache is not None:
+            for cached, out in zip(cache.layers, outputs, strict=True):
+                cached.state = out.state
+                cached.seen += x.shape[1]
+        return outputs, cache
+
+    def _read(
+        self, x: Tensor, states: list[State | None], documents: Documents | None, trace: bool
+    ) -> list[BlockOutput]:
+        """All layers over all tokens, [B, T, ...]: each document in a row of its own."""
+        if documents is None:
+            return self._run(x, states, None, trace)
+        read = []
+        for group in documents.groups():
+            begin = [group.begin(state) for state in states]
+            outputs = self._run(group.gather(x), begin, group, trace)
+            read.append([(group, out) for out in outputs])
+        return [
+            join_pieces([out.map(group.scatter) for group, out in layer], _sum)._replace(
+                state=Documents.end([(group, out.state) for group, out in layer])
+            )
+            for layer in zip(*read, strict=True)
+        ]
+
+    def _run(
+        self, x: Tensor, states: list[State | None], group: Documents | None, trace: bool
+    ) -> list[BlockOutput]:
+        """All layers over rows aligned left, with the gradients cut where the config wants it."""
+        pieces = []
+        fresh, lengths = (None, None) if group is None else (group.fresh, group.lengths)
+        for piece, count in self._pieces(x, lengths):
+            if self.config.backprop_segments and torch.is_grad_enabled():
+                states = [None if state is None else state.detach() for state in states]
+            outputs = self.through_layers(piece, states, count, fresh, trace)
+            states, fresh = [out.state for out in outputs], None
+            pieces.append(outputs)
+        return [join_pieces(list(parts)) for parts in zip(*pieces, strict=True)]
+
+    def through_layers(
+        self,
+        x: Tensor,
+        states: Sequence[Any],
+        lengths: Tensor | None,
+        fresh: Tensor | None,
+        trace: bool,
+        *more: Any,
+    ) -> list[BlockOutput]:
+        """All layers over rows aligned left; `more`: what each layer wants to know besides."""
+        outputs: list[BlockOutput] = []
+        for layer, state in zip(self.layers, states, strict=True):
+            outputs.append(layer(x, state, *more, lengths=lengths, fresh=fresh, trace=trace))
+            x = outputs[-1].y
+        return outputs
+
+    def _pieces(self, x: Tensor, lengths: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens, and the rows' lengths, between one cut of the gradients and the next."""
+        segments = self.config.backprop_segments
+        if not segments or not torch.is_grad_enabled():
+            yield x, lengths
+            return
+        size = segments * self.config.segment_length
+        for start in range(0, max(x.shape[1], 1), size):
+            count = None if lengths is None else (lengths - start).clamp(0, size)
+            yield x[:, start : start + size], count
+
+    def _check_cache(self, cache: Any, batch: int) -> None:
+        """Refuse a cache of another kind, model or batch."""
+        if not isinstance(cache, MemoryCache):
+            raise ValueError(
+                f"past_key_values must be a MemoryCache, got {type(cache).__name__}: pass None for an "
+                "empty memory, or the past_key_values that an earlier call of this model returned"
+            )
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers but the model {len(self.layers)}: it "
+                "belongs to another model"
+            )
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "
+                "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
+            )
+        cache.check(self.config.state_fields())
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _documents(
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    continued: bool,
+) -> Documents | None:
+    """The documents in x [B, T, D]; None where each row is one that goes on."""
+    batch, tokens = x.shape[:2]
+    if attention_mask is None and position_ids is None:
+        return None
+    real = torch.ones(batch, tokens, dtype=torch.bool)
+    if attention_mask is not None:
+        shape = list(attention_mask.shape)
+        if shape not in ([batch, tokens], [batch, past + tokens]):
+            raise ValueError(
+                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T] = "
+                f"{[batch, past + tokens]}, 1 at tokens and 0 at pads, got {shape}"
+            )
+        real = attention_mask[:, shape[1] - tokens :].bool().cpu()
+    starts = torch.zeros_like(real)
+    if position_ids is not None:
+        if list(position_ids.shape) not in ([batch, tokens], [1, tokens]):
+            raise ValueError(
+                f"position_ids must be [B, T] = {[batch, tokens]}, got {list(position_ids.shape)}"
+            )
+        starts = (position_ids == 0).cpu().expand(batch, -1)
+    return Documents.of(real, starts, continued)
+
+
+class StatefulGeneration:
+    """Mixin of causal language models, before `GenerationMixin`: the memory in the cache."""
+
+    config: Any
+    generation_config: Any
+    generate: Callable[..., Any]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """`generate` carries the memory in our cache, unless the user brings one or wants none."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not hold a "
+                "memory: leave it out"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "generate goes on from the last column, which is a pad in some rows: pad on the left "
+                '(tokenizer.padding_side = "left")'
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = MemoryCache(self.config.num_hidden_layers)
+
+    def generate_from(
+        self,
+        past_key_values: MemoryCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` from a cache that has read something: input_ids [B, T] are the new tokens alone.
+
+        attention_mask: [B, T], 0 at pads on the left. The rest, and the result, as `generate`, without
+        a token of what the cache has read. The cache itself stays as it is. A cache of one row serves
+        any number of rows.
+        """
+        if not isinstance(past_key_values, MemoryCache) or kwargs.get("use_cache") is False:
+            raise ValueError(
+                "generate_from goes on from a MemoryCache and keeps what it reads there: give one, and "
+                "leave use_cache on"
+            )
+        cache = past_key_values.copy()
+        batch = input_ids.shape[0]
+        if cache.batch_size == 1 and batch > 1:
+            cache.batch_repeat_interleave(batch)
+        config = kwargs.get("generation_config") or self.generation_config
+        copies = [
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        if cache.batch_size == batch and max(copies) > 1:
+            cache.batch_repeat_interleave(max(copies))
+        new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        past = new.new_ones(batch, cache.get_seq_length())
+        mask = torch.cat([past, new], 1)
+        return self.generate(input_ids, attention_mask=mask, past_key_values=cache, **kwargs)

@@ -1,0 +1,181 @@
+"""LM2 as a model of `transformers` (its laws stand in test_laws.py, its equations in
+test_lm2_reference.py)."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from everlong.models import LM2Config, LM2ForCausalLM, MemoryCache
+from numerics import assert_close
+from subjects import SEGMENT, VOCABULARY, lm2
+
+KINDS = {
+    "slots": {"num_memory_slots": 5},
+    "positions": {"memory_addressing": "positions"},
+    "released": {"memory_addressing": "released"},
+}
+EVERY = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, **options):
+    torch.manual_seed(0)
+    return lm2(**KINDS[kind], **options)().eval()
+
+
+def text(batch=2, tokens=2 * SEGMENT + 3):
+    return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "llama")
+    return model, tmp_path / "llama"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_llama_with_closed_banks_is_that_llama(kind, llama):
+    model, folder = llama
+    options = {"memory_addressing": kind, "memory_layers": [0, 2]}
+    if kind == "slots":
+        options["num_memory_slots"] = 6
+    new = LM2ForCausalLM.from_llama(folder, **options).eval()
+    assert new.config.segment_length == 32
+    for tokens in (1, 7, 32):
+        ids = text(2, tokens)
+        assert torch.equal(new(ids).logits, model(ids).logits), tokens
+    ids = text(1, 70)
+    loss = new(ids, labels=ids).loss
+    loss.backward()
+    for name, parameter in new.named_parameters():
+        if ".memory.scale" in name:
+            assert parameter.grad.any(), name
+    torch.optim.SGD(new.parameters(), lr=1.0).step()
+    assert not torch.equal(new(ids).logits, model(ids).logits)
+
+
+def test_a_llama_whose_bank_alone_is_trained(llama):
+    _, folder = llama
+    new = LM2ForCausalLM.from_llama(folder, memory_layers=1, segment_length=8, num_memory_slots=4)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(".memory." in name)
+    ids = text(2, 40)
+    optimizer = torch.optim.AdamW([p for p in new.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = new(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_padded_prompts_and_saved_banks(kind, options, tmp_path):
+    model = make(kind, initializer_range=0.5)
+    lengths = [1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 5]
+    prompts = [text(1, n)[0] for n in lengths]
+    ids = torch.stack([torch.nn.functional.pad(p, (max(lengths) - len(p), 0)) for p in prompts])
+    mask = (ids > 0).long()
+    asked = {"max_new_tokens": SEGMENT + 3, "do_sample": False, "pad_token_id": 0, **options}
+    got = model.generate(ids, attention_mask=mask, **asked)[:, max(lengths) :]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)).long(), **asked)
+        assert torch.equal(got[row], alone[0, len(prompt) :]), f"prompt of {len(prompt)} tokens"
+    with torch.no_grad():
+        model(prompts[-1][None, :7], use_cache=True).past_key_values.save(tmp_path / "bank.safetensors")
+    cache = MemoryCache.load(tmp_path / "bank.safetensors")
+    again = model.generate_from(cache, prompts[-1][None, 7:], **asked)
+    assert torch.equal(again[0, len(prompts[-1]) - 7 :], got[-1])
+
+
+@EVERY
+def test_what_the_bank_did(kind):
+    """Weights over slots sum to one; the same in any split."""
+    model, ids = make(kind), text()
+    trace = model(ids, output_memory=True).memory[0]
+    assert_close("sum", trace.attention.sum(-1), torch.ones(2, ids.shape[1], 1), torch.float32)
+    cache, pieces = None, []
+    for piece in ids.split([5, 1, ids.shape[1] - 6], 1):
+        out = model(piece, past_key_values=cache, use_cache=True, output_memory=True)
+        cache = out.past_key_values
+        pieces.append(out.memory[0])
+    for name, value in trace._asdict().items():
+        assert_close(name, torch.cat([getattr(p, name) for p in pieces], 1), value, torch.float32)
+
+
+@EVERY
+def test_checkpointing_auto_classes_and_half_precision(kind, tmp_path):
+    model, ids, grads = make(kind).train(), text(), []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name], torch.float32)
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, LM2ForCausalLM)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_close("bfloat16", half(ids).logits.float(), model(ids).logits, torch.bfloat16)
+
+
+@EVERY
+def test_cut_gradients(kind):
+    """With backprop_segments=1 no gradient of a segment reaches the one before."""
+    model = make(kind, backprop_segments=1).train()
+    embeds = torch.randn(1, 2 * SEGMENT, 8, requires_grad=True)
+    model(inputs_embeds=embeds).logits[:, SEGMENT:].square().sum().backward()
+    assert not embeds.grad[:, :SEGMENT].any()
+    assert embeds.grad[:, SEGMENT:].any()
+
+
+def test_presets_on_the_meta_device():
+    """1.64 billion by the paper's equations, 1.77 as the released code has it, 1.91 with slots."""
+    for addressing, billions in (("positions", 1.64), ("released", 1.77), ("slots", 1.91)):
+        with torch.device("meta"):
+            model = LM2ForCausalLM(LM2Config.from_preset("lm2-1.7b", memory_addressing=addressing))
+        assert round(model.num_parameters() / 1e9, 2) == billions, addressing
+    with pytest.raises(ValueError, match=r"unknown preset 'lm2-7b'.*lm2-1\.7b"):
+        LM2Config.from_preset("lm2-7b")
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("unknown memory_addressing 'rows': use slots", {"memory_addressing": "rows"}),
+        ("num_memory_slots .5. must be segment_length", {"memory_addressing": "positions"}),
+        ("memory_layers must be numbers from 0 to 1", {"memory_layers": [2]}),
+        ("memory_layers must be numbers from 0 to 1", {"memory_layers": 3}),
+        ("memory_layers must be numbers from 0 to 1", {"memory_layers": [1, 0]}),
+        ("not a multiple of num_memory_heads", {"num_memory_heads": 3}),
+        ("memory_top_k must be at least 1", {"memory_top_k": 0}),
+        ("segment_length must be at least 1", {"segment_length": 0}),
+        ("initial_memory_forget must lie between", {"initial_memory_forget": 1.0}),
+    ],
+)
+def test_configurations_that_do_not_fit(message, fields):
+    small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "num_memory_slots": 5}
+    with pytest.raises(Exception, match=message):
+        LM2Config(**(small | fields))
+
+
+def test_states_of_another_model_are_refused():
+    cache = make("slots")(text(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="num_memory_slots 5 instead of 8"):
+        lm2(num_memory_slots=8)()(text(), past_key_values=cache)
