@@ -116,6 +116,15 @@ def test_what_the_bank_did(kind):
         assert_close(name, torch.cat([getattr(p, name) for p in pieces], 1), value, torch.float32)
 
 
+def test_a_row_of_pads_hides_no_trace():
+    model, ids = make("slots"), text(2, 9)
+    mask = torch.tensor([[1] * 9, [0] * 9])
+    trace = model(ids, attention_mask=mask, output_memory=True).memory[0]
+    want = model(ids[:1], output_memory=True).memory[0]
+    assert_close("attention", trace.attention[:1], want.attention, torch.float32)
+    assert not trace.attention[1].any()
+
+
 @EVERY
 def test_checkpointing_auto_classes_and_half_precision(kind, tmp_path):
     model, ids, grads = make(kind).train(), text(), []

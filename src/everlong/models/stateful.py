@@ -40,14 +40,15 @@ def join_pieces(
         if len(outputs) == 1:
             return outputs[0]
         join = lambda parts: torch.cat(parts, 1)  # noqa: E731
-    last = outputs[-1]
-    strength = trace = None
-    if last.strength is not None:
-        strength = join([out.strength for out in outputs if out.strength is not None])
-    if last.trace is not None:
-        fields = zip(*(out.trace for out in outputs if out.trace is not None), strict=True)
-        trace = type(last.trace)(*(join(list(parts)) for parts in fields))
-    return BlockOutput(join([out.y for out in outputs]), last.state, strength, trace)
+    # Pieces without a token have nothing to say of any.
+    strengths = [out.strength for out in outputs if out.strength is not None]
+    traces = [out.trace for out in outputs if out.trace is not None]
+    strength = join(strengths) if strengths else None
+    trace = None
+    if traces:
+        fields = zip(*traces, strict=True)
+        trace = type(traces[0])(*(join(list(parts)) for parts in fields))
+    return BlockOutput(join([out.y for out in outputs]), outputs[-1].state, strength, trace)
 
 
 class StatefulDecoder:
