@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 from transformers import LlamaForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -23,13 +22,12 @@ from transformers.models.llama.modeling_llama import (
 from everlong.layers import AttentionState, Gate, PositionBank, ReleasedBank, SlotBank, Weight
 from everlong.layers.attention import join_keys
 from everlong.layers.memory_bank import PositionState
-from everlong.models.cache import MemoryCache
-from everlong.models.card import write_card
 from everlong.models.configuration_lm2 import LM2Config
 from everlong.models.stateful import (
     BlockOutput,
+    StatefulCausalLM,
     StatefulDecoder,
-    StatefulGeneration,
+    StatefulPreTrained,
     join_pieces,
 )
 from everlong.ops.attention import causal_mask
@@ -235,22 +233,13 @@ def _behind(position: PerRow, x: Tensor, lengths: Tensor | None, segment: int) -
     return agreed((position + (x.shape[1] if lengths is None else lengths)) % segment)
 
 
-class LM2PreTrainedModel(LlamaPreTrainedModel):
+class LM2PreTrainedModel(StatefulPreTrained, LlamaPreTrainedModel):
     """Initialisation and the facts that `transformers` asks of a model family."""
 
     config_class = LM2Config
     _no_split_modules = ["SlotLayer", "PositionLayer"]
-    # Of a call: what counts tokens stays on the CPU, wherever a layer is.
-    _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
-    _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
     _supports_flash_attn = _supports_flex_attn = False
     _can_record_outputs: dict[str, Any] = {}
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in `transformers`, and a model card (README.md) where there is none."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_card(save_directory, self.config, self.num_parameters())
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -260,21 +249,7 @@ class LM2PreTrainedModel(LlamaPreTrainedModel):
             module.reset_parameters()
 
 
-@dataclass
-class LM2ModelOutput(BaseModelOutputWithPast):
-    """As the base class; memory: with output_memory=True, for each layer a `BankTrace` or None."""
-
-    memory: tuple[Any, ...] | None = None
-
-
-@dataclass
-class LM2CausalLMOutput(CausalLMOutputWithPast):
-    """As the base class, with `memory` as in `LM2ModelOutput`."""
-
-    memory: tuple[Any, ...] | None = None
-
-
-class LM2Model(LM2PreTrainedModel, StatefulDecoder, LlamaModel):
+class LM2Model(StatefulDecoder, LM2PreTrainedModel, LlamaModel):
     """The decoder without a head."""
 
     def __init__(self, config: LM2Config) -> None:
@@ -287,36 +262,6 @@ class LM2Model(LM2PreTrainedModel, StatefulDecoder, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_memory: bool = False,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> LM2ModelOutput:
-        """Read tokens, as `TitansModel.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        outputs, cache = self.read(
-            x, attention_mask, position_ids, past_key_values, use_cache, output_memory
-        )
-        last = self.norm(outputs[-1].y)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        hidden = (x, *(out.y for out in outputs[:-1]), last)
-        return LM2ModelOutput(
-            last_hidden_state=last,
-            past_key_values=cache,
-            hidden_states=hidden if output_hidden_states else None,
-            memory=tuple(out.trace for out in outputs) if output_memory else None,
-        )
 
     def through_layers(
         self,
@@ -380,7 +325,7 @@ def _put_rows(bank: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     return torch.cat([bank, bank[:, :1]], 1).scatter(1, spare, rows.to(bank.dtype))[:, :-1]
 
 
-class LM2ForCausalLM(LM2PreTrainedModel, StatefulGeneration, LlamaForCausalLM):
+class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
     """The decoder with a language-model head: trains, saves, loads and generates as Llama does."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -409,41 +354,3 @@ class LM2ForCausalLM(LM2PreTrainedModel, StatefulGeneration, LlamaForCausalLM):
         assert not unexpected and all(".memory." in key for key in missing)
         model.generation_config = llama.generation_config
         return model
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_memory: bool = False,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> LM2CausalLMOutput:
-        """As `LM2Model.forward`, with logits and, where `labels` [B, T] are given, the loss."""
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_memory,
-            output_hidden_states,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-        return LM2CausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            memory=outputs.memory,
-        )

@@ -5,16 +5,20 @@ a cache, documents in rows of their own, gradients cut where that is wanted, and
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from everlong.models.cache import MemoryCache
+from everlong.models.card import write_card
 from everlong.ops.documents import Documents
-from everlong.ops.memory_trace import MemoryTrace
 from everlong.ops.state import State
+
+FAINT = 1e-3  # of the full strength of writing: below it the price of `memory_write_cost` fades
 
 
 class BlockOutput(NamedTuple):
@@ -24,7 +28,7 @@ class BlockOutput(NamedTuple):
     y: Tensor
     state: Any
     strength: Tensor | None = None
-    trace: MemoryTrace | None = None
+    trace: Any = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
         """With `function` applied to all that is [B, T, ...]."""
@@ -51,11 +55,107 @@ def join_pieces(
     return BlockOutput(join([out.y for out in outputs]), outputs[-1].state, strength, trace)
 
 
-class StatefulDecoder:
-    """Mixin of decoders: `config`, and `layers` that read (x, state, lengths, fresh, trace)."""
+@dataclass
+class StatefulModelOutput(BaseModelOutputWithPast):
+    """As the base class, and what the memories did.
+
+    written: [B, T], how strongly each token was written: the mean over all memories of
+    log(1 + s / 0.001), s = `BlockOutput.strength`, 0 at pads; None where no memory tells.
+    memory: with output_memory=True, for each layer what its memory did, token by token: a `MemoryTrace`
+    (Titans) or `BankTrace` (LM2), [B, T, ...] each, or None where it has none.
+    """
+
+    written: Tensor | None = None
+    memory: tuple[Any, ...] | None = None
+
+
+@dataclass
+class StatefulCausalLMOutput(CausalLMOutputWithPast):
+    """As the base class, with `memory` as in `StatefulModelOutput`."""
+
+    memory: tuple[Any, ...] | None = None
+
+
+class StatefulPreTrained:
+    """Mixin of model families, before `PreTrainedModel`."""
 
     config: Any
+    num_parameters: Callable[[], int]
+    # Of a call: what counts tokens stays on the CPU, wherever a layer is.
+    _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
+    _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, and a model card (README.md) where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_card(save_directory, self.config, self.num_parameters())
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True cannot checkpoint a layer that hands out its memory: leave it out, "
+                "or say use_reentrant=False"
+            )
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+
+class StatefulDecoder:
+    """Mixin of decoders: `layers` that read (x, state, lengths, fresh, trace)."""
+
+    config: Any
+    embed_tokens: nn.Embedding
     layers: nn.ModuleList
+    norm: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_memory: bool = False,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> StatefulModelOutput:
+        """Read tokens; `past_key_values` of one call continues in the next, any number of tokens each.
+
+        Args:
+            input_ids: [B, T], or inputs_embeds: [B, T, D].
+            attention_mask: [B, T], or [B, past + T] with the past's columns first; 0 at pads, on
+                either side. Pads are not read: a row is read as it would be alone.
+            position_ids: [B, T]; a 0 at a real token starts a document, whose memory is empty and
+                whose attention sees nothing before it. Positions themselves are counted here.
+            past_key_values: the states to go on from; changed in place.
+            use_cache: keep states for a next call; default the config's.
+            output_memory: also return what each memory did, token by token (slow).
+            output_hidden_states: also return what enters the first layer and what leaves each, the
+                last one's normed.
+
+        Raises ValueError for a cache of another model or batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        outputs, cache = self.read(
+            x, attention_mask, position_ids, past_key_values, use_cache, output_memory
+        )
+        y = outputs[-1].y
+        written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
+        last = self.norm(y)
+        hidden = (x, *(out.y for out in outputs[:-1]), last)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return StatefulModelOutput(
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=hidden if output_hidden_states else None,
+            written=torch.stack(written).mean(0) if written else None,
+            memory=tuple(out.trace for out in outputs) if output_memory else None,
+        )
 
     def read(
         self,
@@ -168,6 +268,15 @@ class StatefulDecoder:
         cache.check(self.config.state_fields())
 
 
+def _price(strength: Tensor) -> Tensor:
+    """[B, T] of [B, T, H, L]: each e-fold of a strength above `FAINT` costs the same.
+
+    A price that is linear fades together with the strength, long before a text of a hundred thousand
+    tokens is faint enough; and it is dearest where writing is wanted.
+    """
+    return torch.log1p(strength / FAINT).mean((-1, -2))
+
+
 def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
@@ -202,12 +311,74 @@ def _documents(
     return Documents.of(real, starts, continued)
 
 
-class StatefulGeneration:
-    """Mixin of causal language models, before `GenerationMixin`: the memory in the cache."""
+class StatefulCausalLM:
+    """Mixin of causal language models, before all others: `model` is a `StatefulDecoder`."""
 
     config: Any
     generation_config: Any
     generate: Callable[..., Any]
+    loss_function: Callable[..., Tensor]
+    model: nn.Module
+    lm_head: nn.Linear
+    training: bool
+    vocab_size: int
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_memory: bool = False,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> StatefulCausalLMOutput:
+        """As the decoder's `forward`, with logits and, where `labels` [B, T] are given, the loss.
+
+        In training, `memory_write_cost` of a configuration that has one adds its price to the loss.
+        Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
+        many last positions get logits (0: all), or their indices.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_memory,
+            output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
+            loss = loss + self._price(outputs.written, labels, attention_mask, kwargs)
+        return StatefulCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            memory=outputs.memory,
+        )
+
+    def _price(
+        self, written: Tensor | None, labels: Tensor, mask: Tensor | None, loss: dict[str, Any]
+    ) -> Tensor | float:
+        """What writing costs in training, a token; `loss`: what the loss was told besides."""
+        cost = getattr(self.config, "memory_write_cost", 0.0)
+        if not self.training or not cost or written is None:
+            return 0.0
+        real = torch.ones_like(labels) if mask is None else mask
+        # Over accumulated batches the price is shared as the loss itself is.
+        items = loss.get("num_items_in_batch")
+        share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+        return cost * written.sum() / real[:, -labels.shape[1] :].sum() * share
 
     def _prepare_cache_for_generation(
         self,
