@@ -11,7 +11,7 @@ E is the self-attention's output, M the bank. Whose slot is whose:
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,17 +118,15 @@ class PositionState(State):
 register_dataclass(PositionState)
 
 
-class PositionBank(nn.Module):
-    """The bank of the paper, to the letter: token i of a segment owns row m_i, and reads rows j <= i.
+class RowBank(nn.Module):
+    """Base of the banks whose slot i belongs to place i of a segment.
 
-        X = softmax(Q K^T / sqrt(d)) V     Q = E W_Q, K = m W_K, V = m W_V    (eq. 1)
-        out = scale * sigmoid(X W_out) * m                                    (eqs. 2, 3)
-        m' = sigmoid(E W_in) * tanh(X) + sigmoid(X W_forget) * m              (eqs. 4-6)
-
-    m' is m of the next block; what the last block leaves is m of the first one in the next segment.
-
-    Args: as `SlotBank`'s.
+    Args:
+        hidden_size: D. num_slots: R, the tokens of a segment. num_heads: heads of the attention over
+        the rows; divides D. top_k, initial_scale: as in `SlotBank`.
     """
+
+    bias = False  # in Q, K, V
 
     def __init__(
         self,
@@ -140,13 +138,15 @@ class PositionBank(nn.Module):
     ) -> None:
         super().__init__()
         self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
-        self.q_proj, self.k_proj, self.v_proj = (_square(hidden_size) for _ in range(3))
-        self.output_gate, self.input_gate, self.forget_gate = (_square(hidden_size) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hidden_size, hidden_size, bias=self.bias) for _ in range(3)
+        )
         self.scale = _scale(hidden_size, initial_scale)
 
     def initial_state(self, like: Tensor) -> PositionState:
         """The state of one row at a segment's start."""
-        return _no_rows(self.num_heads, like)
+        none = like.new_zeros(1, self.num_heads, 0, like.shape[-1] // self.num_heads)
+        return PositionState(AttentionState(none, none, 0, None), None)
 
     def forward(
         self,
@@ -158,7 +158,53 @@ class PositionBank(nn.Module):
     ) -> PositionRead:
         """e: the self-attention's output, [B, T, D]; rows: m, [B, T, D]. The T tokens (lengths: [B] on
         the CPU, the real ones of each row) lie in one segment."""
-        x, seen, weights = _over_rows(self, e, rows, state, lengths, trace)
+        raise NotImplementedError
+
+    def _attend(
+        self, e: Tensor, rows: Tensor, state: AttentionState, lengths: Tensor | None, trace: bool
+    ) -> tuple[Tensor, AttentionState, Tensor | None]:
+        """Token i's attention over rows j <= i of its segment: [B, T, D], the state, the weights."""
+        q, k, v = (
+            _heads(x, self.num_heads) for x in (self.q_proj(e), self.k_proj(rows), self.v_proj(rows))
+        )
+        k, v = join_keys(state.keys, k), join_keys(state.values, v)
+        mask = causal_mask(q, k.shape[2], state.position, None, plain=False)
+        x, weights = _attend(q, k, v, mask, self.top_k, trace)
+        if weights is not None:  # by slot instead of by key, of which a row has its own number
+            slot = torch.arange(k.shape[2]) - state.keys.shape[2]
+            slot = slot + torch.as_tensor(state.position).view(-1, 1)
+            slot = slot.clamp(0, self.num_slots - 1).to(e.device)[:, None, None]
+            spread = weights.new_zeros(*weights.shape[:3], self.num_slots)
+            weights = spread.scatter_add(3, slot.expand(weights.shape), weights)
+        taken = e.shape[1] if lengths is None else lengths
+        position = agreed((state.position + taken) % self.num_slots)
+        return x, state.keep(k, v, position, lengths), weights
+
+
+class PositionBank(RowBank):
+    """The bank of the paper, to the letter: token i of a segment owns row m_i, and reads rows j <= i.
+
+        X = softmax(Q K^T / sqrt(d)) V     Q = E W_Q, K = m W_K, V = m W_V    (eq. 1)
+        out = scale * sigmoid(X W_out) * m                                    (eqs. 2, 3)
+        m' = sigmoid(E W_in) * tanh(X) + sigmoid(X W_forget) * m              (eqs. 4-6)
+
+    m' is m of the next block; what the last block leaves is m of the first one in the next segment.
+    """
+
+    def __init__(self, hidden_size: int, *sizes: Any, **options: Any) -> None:
+        super().__init__(hidden_size, *sizes, **options)
+        self.output_gate, self.input_gate, self.forget_gate = (_square(hidden_size) for _ in range(3))
+
+    def forward(
+        self,
+        e: Tensor,
+        rows: Tensor,
+        state: PositionState,
+        lengths: Tensor | None = None,
+        trace: bool = False,
+    ) -> PositionRead:
+        """See the base class."""
+        x, seen, weights = self._attend(e, rows, state.seen, lengths, trace)
         gate = torch.sigmoid(self.output_gate(x))
         new = torch.sigmoid(self.input_gate(e)) * torch.tanh(x)
         new = new + torch.sigmoid(self.forget_gate(x)) * rows
@@ -167,7 +213,7 @@ class PositionBank(nn.Module):
         )
 
 
-class ReleasedBank(nn.Module):
+class ReleasedBank(RowBank):
     """As `PositionBank`, with what the released code does otherwise.
 
         X = softmax(Q K^T / sqrt(d)) V       biases in Q, K, V
@@ -179,29 +225,20 @@ class ReleasedBank(nn.Module):
     over what a token may see. Dropout is left out.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_slots: int,
-        num_heads: int = 8,
-        top_k: int | None = None,
-        initial_scale: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
-        self.q_proj, self.k_proj, self.v_proj, self.mlp = (
-            nn.Linear(hidden_size, hidden_size) for _ in range(4)
-        )
+    bias = True
+
+    def __init__(self, hidden_size: int, *sizes: Any, **options: Any) -> None:
+        super().__init__(hidden_size, *sizes, **options)
+        self.mlp = nn.Linear(hidden_size, hidden_size)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.input_weight = Weight(hidden_size, start=nn.init.ones_)
         self.input_proj = nn.Linear(hidden_size, 2 * hidden_size)
         self.memory_proj = nn.Linear(hidden_size, 2 * hidden_size)
         self.gate_bias = Weight(2, start=_released_bias)
-        self.scale = _scale(hidden_size, initial_scale)
 
     def initial_state(self, like: Tensor) -> PositionState:
         """The state of one row at a segment's start."""
-        state = _no_rows(self.num_heads, like)
+        state = super().initial_state(like)
         return replace(state, pooled=like.new_zeros(1, like.shape[-1]))
 
     def forward(
@@ -212,8 +249,8 @@ class ReleasedBank(nn.Module):
         lengths: Tensor | None = None,
         trace: bool = False,
     ) -> PositionRead:
-        """As `PositionBank.forward`."""
-        x, seen, weights = _over_rows(self, e, rows, state, lengths, trace)
+        """See the base class."""
+        x, seen, weights = self._attend(e, rows, state.seen, lengths, trace)
         z = self.attention_norm(rows + x)
         z = self.mlp_norm(z + F.relu(self.mlp(F.relu(self.mlp(z)))))
         before = torch.as_tensor(state.seen.position).view(-1, 1)
@@ -280,34 +317,3 @@ def _attend(
 
 def _trace(weights: Tensor | None, gate: Tensor) -> BankTrace | None:
     return None if weights is None else BankTrace(weights, gate)
-
-
-def _no_rows(heads: int, like: Tensor) -> PositionState:
-    none = like.new_zeros(1, heads, 0, like.shape[-1] // heads)
-    return PositionState(AttentionState(none, none, 0, None), None)
-
-
-def _over_rows(
-    bank: "PositionBank | ReleasedBank",
-    e: Tensor,
-    rows: Tensor,
-    state: PositionState,
-    lengths: Tensor | None,
-    trace: bool,
-) -> tuple[Tensor, AttentionState, Tensor | None]:
-    """Token i's attention over rows j <= i of its segment: [B, T, D], the state, the weights."""
-    q, k, v = (
-        _heads(x, bank.num_heads) for x in (bank.q_proj(e), bank.k_proj(rows), bank.v_proj(rows))
-    )
-    k, v = join_keys(state.seen.keys, k), join_keys(state.seen.values, v)
-    mask = causal_mask(q, k.shape[2], state.seen.position, None, plain=False)
-    x, weights = _attend(q, k, v, mask, bank.top_k, trace)
-    if weights is not None:  # by slot instead of by key, of which a row has its own number
-        slot = torch.arange(k.shape[2]) - state.seen.keys.shape[2]
-        slot = slot + torch.as_tensor(state.seen.position).view(-1, 1)
-        slot = slot.clamp(0, bank.num_slots - 1).to(e.device)[:, None, None].expand(weights.shape)
-        spread = weights.new_zeros(*weights.shape[:3], bank.num_slots)
-        weights = spread.scatter_add(3, slot, weights)
-    taken = e.shape[1] if lengths is None else lengths
-    position = agreed((state.seen.position + taken) % bank.num_slots)
-    return x, state.seen.keep(k, v, position, lengths), weights
