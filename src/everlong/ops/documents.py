@@ -182,8 +182,9 @@ class Cuts:
         self.counts: list[Tensor] | None = None
         if lengths is None and isinstance(position, int):
             first = min(segment - position, tokens)
-            whole, rest = divmod(tokens - first, segment)
-            self.sizes = [first, *[segment] * whole, *([rest] if rest else [])]
+            # No divmod: the compiler has none for lengths that it keeps open.
+            after = range(first, tokens, segment)
+            self.sizes = [first, *(min(segment, tokens - start) for start in after)]
             return
         lengths = per_row(tokens if lengths is None else lengths, batch)
         position = per_row(position, batch)
