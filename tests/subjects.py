@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from everlong import NeuralMemory, TitansConfig, TitansForCausalLM
-from everlong.models import LM2Config, LM2ForCausalLM
+from everlong.models import LM2Config, LM2ForCausalLM, RMTConfig, RMTForCausalLM
 
 VOCABULARY = 11
 CHUNK = 4  # chunk of every memory below
@@ -137,6 +137,32 @@ def lm2(**options: Any) -> Callable[[], nn.Module]:
     )
 
 
+def rmt(**options: Any) -> Callable[[], nn.Module]:
+    """A small Llama, or model of another model_type, with two rows of memory."""
+    outer = {name: options.pop(name) for name in ("backprop_segments",) if name in options}
+    small = GPT2 if options.get("model_type") == "gpt2" else LLAMA
+    base = {"vocab_size": VOCABULARY, "eos_token_id": None, **small, **options}
+    return lambda: RMTForCausalLM(
+        RMTConfig(base_config=dict(base), num_memory_tokens=2, segment_length=SEGMENT, **outer)
+    )
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+GPT2 = {
+    "n_embd": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": SEGMENT + 4,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+
 SUBJECTS = [
     Subject("layer", layer(), is_model=False),
     Subject("layer-linear", layer(depth=1), is_model=False),
@@ -167,6 +193,8 @@ SUBJECTS = [
     Subject(
         "lm2-released", lm2(memory_addressing="released", num_memory_heads=2), precision=torch.float32
     ),
+    Subject("rmt", rmt(), precision=torch.float32),
+    Subject("rmt-gpt2", rmt(model_type="gpt2"), precision=torch.float32),
 ]
 
 # The same with chunks of a usual length, for very long texts.

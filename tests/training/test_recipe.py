@@ -43,6 +43,11 @@ def test_the_vocabulary_is_that_of_bytes(tiny_recipe):
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (259, 256, 258)
 
 
+def test_a_whole_number_is_a_number(tiny_recipe):
+    recipe = load_recipe(tiny_recipe(), ["--model.initializer_range", "1"])
+    assert build_model_config(recipe).initializer_range == 1.0
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -4,8 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, configurat
 
 from everlong.models.cache import MemoryCache
 from everlong.models.configuration_lm2 import LM2Config
+from everlong.models.configuration_rmt import RMTConfig
 from everlong.models.configuration_titans import LAYER_TYPES, TitansConfig
 from everlong.models.modeling_lm2 import LM2ForCausalLM, LM2Model
+from everlong.models.modeling_rmt import RMTForCausalLM, RMTModel
 from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, TitansPreTrainedModel
 
 # Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
@@ -20,12 +22,18 @@ AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM)
 AutoConfig.register("lm2", LM2Config)
 AutoModel.register(LM2Config, LM2Model)
 AutoModelForCausalLM.register(LM2Config, LM2ForCausalLM)
+AutoConfig.register("rmt", RMTConfig)
+AutoModel.register(RMTConfig, RMTModel)
+AutoModelForCausalLM.register(RMTConfig, RMTForCausalLM)
 
 __all__ = [
     "LM2Config",
     "LM2ForCausalLM",
     "LM2Model",
     "MemoryCache",
+    "RMTConfig",
+    "RMTForCausalLM",
+    "RMTModel",
     "TitansConfig",
     "TitansForCausalLM",
     "TitansModel",

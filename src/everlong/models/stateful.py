@@ -109,6 +109,11 @@ class StatefulDecoder:
     layers: nn.ModuleList
     norm: nn.Module
 
+    @property
+    def num_states(self) -> int:
+        """States in a cache: one for each layer."""
+        return len(self.layers)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -174,8 +179,8 @@ class StatefulDecoder:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and use_cache:
-            cache = MemoryCache(len(self.layers))
-        states: list[State | None] = [None] * len(self.layers)
+            cache = MemoryCache(self.num_states)
+        states: list[State | None] = [None] * self.num_states
         past = 0
         if cache is not None:
             self._check_cache(cache, x.shape[0])
@@ -255,10 +260,10 @@ class StatefulDecoder:
                 f"past_key_values must be a MemoryCache, got {type(cache).__name__}: pass None for an "
                 "empty memory, or the past_key_values that an earlier call of this model returned"
             )
-        if len(cache.layers) != len(self.layers):
+        if len(cache.layers) != self.num_states:
             raise ValueError(
-                f"the cache has {len(cache.layers)} layers but the model {len(self.layers)}: it "
-                "belongs to another model"
+                f"the cache has {len(cache.layers)} states but the model {self.num_states}: it belongs "
+                "to another model"
             )
         if cache.batch_size not in (-1, batch):
             raise ValueError(
@@ -318,7 +323,7 @@ class StatefulCausalLM:
     generation_config: Any
     generate: Callable[..., Any]
     loss_function: Callable[..., Tensor]
-    model: nn.Module
+    model: Any
     lm_head: nn.Linear
     training: bool
     vocab_size: int
@@ -401,7 +406,7 @@ class StatefulCausalLM:
                 '(tokenizer.padding_side = "left")'
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = MemoryCache(self.config.num_hidden_layers)
+            model_kwargs["past_key_values"] = MemoryCache(self.model.num_states)
 
     def generate_from(
         self,

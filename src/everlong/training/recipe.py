@@ -109,8 +109,11 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
             f"{_nearest(str(kind), CONFIG_MAPPING.keys())}"
         )
     config_class = CONFIG_MAPPING[kind]
-    valid = {each.name for each in dataclasses.fields(config_class) if each.init}
-    check_names(fields, valid, "model.")
+    types = {each.name: each.type for each in dataclasses.fields(config_class) if each.init}
+    check_names(fields, types, "model.")
+    for name, value in fields.items():  # 0 is a fine number for a field that may be 0.1
+        if type(value) is int and types[name] in (float, float | None):
+            fields[name] = float(value)
     tokenizer = byte_tokenizer()
     fields.setdefault("vocab_size", VOCAB_SIZE)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
