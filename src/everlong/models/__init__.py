@@ -6,9 +6,11 @@ from everlong.models.cache import MemoryCache
 from everlong.models.configuration_lm2 import LM2Config
 from everlong.models.configuration_rmt import RMTConfig
 from everlong.models.configuration_titans import LAYER_TYPES, TitansConfig
+from everlong.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from everlong.models.modeling_lm2 import LM2ForCausalLM, LM2Model
 from everlong.models.modeling_rmt import RMTForCausalLM, RMTModel
 from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from everlong.models.sizes import count_parameters, model_config
 
 # Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
 # which refuses names of layers that it does not know.
@@ -25,8 +27,12 @@ AutoModelForCausalLM.register(LM2Config, LM2ForCausalLM)
 AutoConfig.register("rmt", RMTConfig)
 AutoModel.register(RMTConfig, RMTModel)
 AutoModelForCausalLM.register(RMTConfig, RMTForCausalLM)
+AutoConfig.register("gated_deltanet", GatedDeltaNetConfig)
+AutoModelForCausalLM.register(GatedDeltaNetConfig, GatedDeltaNetForCausalLM)
 
 __all__ = [
+    "GatedDeltaNetConfig",
+    "GatedDeltaNetForCausalLM",
     "LM2Config",
     "LM2ForCausalLM",
     "LM2Model",
@@ -38,4 +44,6 @@ __all__ = [
     "TitansForCausalLM",
     "TitansModel",
     "TitansPreTrainedModel",
+    "count_parameters",
+    "model_config",
 ]
