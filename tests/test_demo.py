@@ -22,7 +22,7 @@ def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, 
     run_demo(entries=entries, out=out, samples=3)
     text = capsys.readouterr().out
     assert "what training cost" in text
-    assert "whole key right" in text
+    assert "whole answers right" in text
     results = json.loads((out / "results.json").read_text())
     assert [model["name"] for model in results["models"]] == ["tiny-titans", "tiny-llama"]
     assert [model["seed"] for model in results["models"]] == [0, 0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from everlong import __version__
 
-TASKS = ("needle",)
+TASKS = ("needle", "babi")
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite")
 PREFILL_PIECE = 2048
 
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder that training wrote")
-    evaluate.add_argument("--tasks", default="needle", help="names, by commas: needle")
+    evaluate.add_argument("--tasks", default="needle", help=f"one of {', '.join(TASKS)}")
     evaluate.add_argument("--lengths", default="512,1k,2k,4k", help="tokens, by commas; 1k = 1024")
     evaluate.add_argument("--samples", type=int, default=100, help="for each length (100)")
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
@@ -175,9 +175,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         write_results,
     )
 
-    for task in options.tasks.split(","):
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}: known are {', '.join(TASKS)}")
+    task = options.tasks
+    if task not in TASKS:
+        raise ValueError(f"--tasks takes one of {', '.join(TASKS)}, got {task!r}")
     lengths = parse_lengths(options.lengths)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
@@ -186,16 +186,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     for folder in models:
         reports.append(
             evaluate_needle_folder(
-                folder, lengths, options.samples, seed=options.seed, source=options.source
+                folder,
+                lengths,
+                options.samples,
+                task=task,
+                seed=options.seed,
+                source=options.source,
             )
         )
-        write_results(out / "results.json", reports, seed=options.seed)
+        write_results(out / "results.json", reports, task, seed=options.seed)
     reports = name_apart(reports, models)
-    write_results(out / "results.json", reports, seed=options.seed)
+    write_results(out / "results.json", reports, task, seed=options.seed)
     print_needle_table(reports)
-    write_markdown(out / "needle.md", reports)
-    plot_needle(out / "needle.png", reports)
-    print(f"written: {out / 'results.json'}, {out / 'needle.md'}, {out / 'needle.png'}")
+    table, picture = out / f"{task}.md", out / f"{task}.png"
+    write_markdown(table, reports)
+    plot_needle(picture, reports, task)
+    print(f"written: {out / 'results.json'}, {table}, {picture}")
     return 0
 
 

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from everlong.data.needle import NeedleConfig, NeedleDataset, needle_datasets
+from everlong.data.needle import NeedleConfig, NeedleDataset
 from everlong.data.text import Document
 
 WORDS = ("alpha beta gamma delta epsilon zeta eta theta " * 40).encode()
@@ -129,7 +129,7 @@ def test_training_and_held_out_samples_share_no_text_and_no_keys(tmp_path):
     for letter in "abcdefghij":
         (tmp_path / f"{letter}.txt").write_text(f"{letter * 9} " * 20)
     config = NeedleConfig(source=str(tmp_path), held_out=0.3, start_length=96, growth_steps=9)
-    train, test = needle_datasets(config, 20)
+    train, test = config.datasets(20)
     assert not {*train.text.tolist()} & {*test.text.tolist()} - {*b" \n"}
     assert not {answers_of(s)[0] for s in train} & {answers_of(s)[0] for s in test}
     assert len(train[0]["input_ids"]) == 96

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from everlong.data import NeedleConfig, needle_datasets
+from everlong.data import NeedleConfig
 from everlong.evaluation import NeedleScore, attention_reach, evaluate_needle
 from everlong.evaluation.needle import Share, _last_logits
 from everlong.training.recipe import build_model_config, load_recipe
@@ -82,7 +82,7 @@ def test_teacher_forcing_scores_as_greedy_decoding_does(config):
     """An oracle that is wrong on some keys, in the middle of them."""
     oracle = Oracle(wrong_at={(2, ord("7")), (2, ord("3")), (4, ord("1"))})
     [score] = evaluate_needle(oracle, config, [300], 40)
-    dataset = needle_datasets(config, 40)[1]
+    dataset = config.datasets(40)[1]
     greedy = 0
     for i in range(40):
         text = bytes(dataset.sample(i, 300, depth=(i + 0.5) / 40)["input_ids"].tolist())

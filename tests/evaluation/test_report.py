@@ -71,7 +71,7 @@ def test_the_printed_table_says_what_lies_beyond_the_reach(tmp_path):
         print_needle_table([report("lmm", [100, 80]), far], Console(file=file, width=100))
     text = (tmp_path / "out").read_text()
     assert "80 (71-87) · 80" in text
-    assert "attention: 30 of 40 keys right within its attention's reach, 2 of 160 beyond it" in text
+    assert "attention: 30 of 40 answers right within its attention's reach, 2 of 160 beyond it" in text
 
 
 def test_the_picture_shows_every_model(tmp_path):

@@ -1,16 +1,22 @@
 """Data: byte-level tokens, texts from files and packages, and the tasks generated from them."""
 
-from .needle import NeedleConfig, NeedleDataset, needle_datasets
+from .babi import BabiConfig
+from .haystack import HaystackConfig, HaystackDataset
+from .needle import NeedleConfig
 from .text import Document, load_text, split
 from .tokenizer import byte_tokenizer, encode_bytes
 
+TASKS: dict[str, type[HaystackConfig]] = {"needle": NeedleConfig, "babi": BabiConfig}
+
 __all__ = [
+    "TASKS",
+    "BabiConfig",
     "Document",
+    "HaystackConfig",
+    "HaystackDataset",
     "NeedleConfig",
-    "NeedleDataset",
     "byte_tokenizer",
     "encode_bytes",
     "load_text",
-    "needle_datasets",
     "split",
 ]

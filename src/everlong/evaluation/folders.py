@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from everlong.data import NeedleConfig
+from everlong.data import TASKS
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .needle import attention_reach, evaluate_needle
@@ -60,21 +60,21 @@ def evaluate_needle_folder(
     lengths: Sequence[int],
     samples: int = 100,
     *,
+    task: str = "needle",
     seed: int = 0,
     source: str | None = None,
 ) -> NeedleReport:
-    """Evaluate the model in a folder on the needle, with a progress bar on stderr.
+    """Evaluate the model in a folder on a task ("needle", "babi"), with a progress bar on stderr.
 
-    The task is the one the model was trained on, with one needle and held-out text, or the default
-    one if the folder tells of none. source: another text, as for `load_text`.
+    The task is as the model was trained on it, with one needle and held-out text, or the default one
+    if its recipe has another task or none. source: another text, as for `load_text`.
     """
     model, tokenizer = load_model(folder)
     if tokenizer("é")["input_ids"] != list("é".encode()):
-        raise ValueError(
-            f"{folder} has a tokenizer whose ids are not bytes: the needle is scored on bytes"
-        )
+        raise ValueError(f"{folder} has a tokenizer whose ids are not bytes: {task} is scored on bytes")
     recipe = _recipe_of(Path(folder))
-    config = NeedleConfig(**recipe.get("data", {}))
+    data = recipe.get("data", {})
+    config = TASKS[task](**data if data.get("task", "needle") == task else {})
     result = Path(folder, RESULT_FILE)
     name = recipe.get("name", "")
     if not Path(folder, RECIPE_FILE).is_file():  # a checkpoint of a run, or no run of everlong
@@ -88,7 +88,7 @@ def evaluate_needle_folder(
         console=Console(stderr=True),
     ) as bar:
         longest = length_name(max(lengths, default=0))
-        task = bar.add_task(f"{name}, up to {longest} tokens", total=samples * sum(lengths))
+        done = bar.add_task(f"{name}, up to {longest} tokens", total=samples * sum(lengths))
         scores = evaluate_needle(
             model,
             replace(config.plain(), source=source or config.source),
@@ -96,7 +96,7 @@ def evaluate_needle_folder(
             samples,
             seed=seed,
             reach=attention_reach(model.config),
-            on_tokens=lambda tokens: bar.advance(task, tokens),
+            on_tokens=lambda tokens: bar.advance(done, tokens),
         )
     return NeedleReport(
         name=name,

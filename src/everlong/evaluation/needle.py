@@ -1,4 +1,5 @@
-"""The needle task, scored: how often a model repeats the whole key, by length and by depth.
+"""The needle, and other sentences in a haystack, scored: how often a model gives the whole answer, by
+length and by depth.
 
 Long inputs are streamed through the model in pieces with its cache carried along, so a model whose
 cache does not grow is read at any length in constant memory.
@@ -6,6 +7,7 @@ cache does not grow is read at any length in constant memory.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everlong.data import NeedleConfig, NeedleDataset, needle_datasets
+from everlong.data import HaystackConfig, HaystackDataset
+from everlong.data.haystack import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -48,7 +51,7 @@ class Share:
 class NeedleScore:
     """What a model found at one length.
 
-    exact: samples with the whole key right. digits: single digits right, given those before.
+    exact: samples with the whole answer right. digits: its single tokens right, given those before.
     by_depth: exact in ten bins of the needle's depth, from the text's start to its end.
     within_reach, beyond_reach: exact for needles nearer than the model's attention can reach, and
         for the others; None for a model without such a limit.
@@ -112,7 +115,7 @@ class NeedleScore:
 @torch.inference_mode()
 def evaluate_needle(
     model: PreTrainedModel,
-    config: NeedleConfig,
+    config: HaystackConfig,
     lengths: Sequence[int],
     samples: int = 100,
     *,
@@ -137,7 +140,7 @@ def evaluate_needle(
     on_tokens: called with the number of tokens just read, for a progress bar.
     """
     _check(lengths, samples, piece)
-    dataset = needle_datasets(config, samples, seed)[1]
+    dataset = config.datasets(samples, seed)[1]
     model.eval()
     return [
         _score(model, dataset, length, piece, tokens_per_forward, reach, on_tokens)
@@ -150,10 +153,11 @@ def attention_reach(config: PretrainedConfig) -> int | None:
 
     None if a layer remembers or attends without such a limit.
     """
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds != {"sliding_attention"}:
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # Mistral names none
+    if not window or kinds != {"sliding_attention"}:
         return None
-    return config.num_hidden_layers * config.sliding_window
+    return config.num_hidden_layers * window
 
 
 def _check(lengths: Sequence[int], samples: int, piece: int) -> None:
@@ -167,33 +171,35 @@ def _check(lengths: Sequence[int], samples: int, piece: int) -> None:
 
 def _score(
     model: PreTrainedModel,
-    dataset: NeedleDataset,
+    dataset: HaystackDataset,
     length: int,
     piece: int,
     tokens_per_forward: int,
     reach: int | None,
     on_tokens: Callable[[int], None],
 ) -> NeedleScore:
-    num_digits = dataset.config.key_digits
+    longest = dataset.config.longest_answer
     rows = max(1, tokens_per_forward // min(piece, length))
-    correct, depths, distances = [], [], []
+    exact: list[bool] = []
+    single: list[bool] = []
+    depths, distances = [], []
     started = time.perf_counter()
     for batch in _batches(dataset, length, rows):
         input_ids = torch.stack([sample["input_ids"] for sample in batch]).to(model.device)
-        logits = _last_logits(model, input_ids, num_digits + 1, piece, on_tokens)
-        key = input_ids[:, -num_digits:]
-        correct.append((logits[:, :-1].argmax(-1) == key).cpu())
+        logits = _last_logits(model, input_ids, longest + 1, piece, on_tokens)
+        labels = torch.stack([sample["labels"] for sample in batch])[:, -longest:]
+        right = logits[:, :-1].argmax(-1).cpu() == labels
+        exact += (right | (labels == IGNORE)).all(1).tolist()
+        single += right[labels != IGNORE].tolist()
         depths += [sample["depth"] for sample in batch]
         distances += [sample["distance"] for sample in batch]
     seconds = time.perf_counter() - started
 
-    digits = torch.cat(correct)
-    exact = digits.all(dim=1).tolist()
     is_near = [distance < reach for distance in distances] if reach is not None else None
     return NeedleScore(
         length=length,
         exact=_share(exact),
-        digits=_share(digits.flatten().tolist()),
+        digits=_share(single),
         by_depth=[
             _share([hit for hit, depth in zip(exact, depths, strict=True) if _bin(depth) == i])
             for i in range(NUM_DEPTH_BINS)
@@ -206,7 +212,7 @@ def _score(
     )
 
 
-def _batches(dataset: NeedleDataset, length: int, rows: int) -> Iterator[list[dict[str, Any]]]:
+def _batches(dataset: HaystackDataset, length: int, rows: int) -> Iterator[list[dict[str, Any]]]:
     samples = len(dataset)
     for start in range(0, samples, rows):
         indices = range(start, min(start + rows, samples))
@@ -225,16 +231,19 @@ def _last_logits(
     starts = list(range(0, length, piece))
     if len(starts) > 1 and length - starts[-1] < count:
         starts.pop()  # the answer must not be cut in two: the last piece takes a few tokens more
+    # Mamba's models have a name of their own for what others call past_key_values.
+    is_mamba = "cache_params" in inspect.signature(model.forward).parameters
+    cache_name = "cache_params" if is_mamba else "past_key_values"
     cache = None
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         is_last = end == length
         outputs = model(
             input_ids=input_ids[:, start:end],
-            past_key_values=cache,
             use_cache=len(starts) > 1,
             logits_to_keep=count if is_last else 1,
+            **{cache_name: cache},
         )
-        cache = outputs.past_key_values
+        cache = getattr(outputs, cache_name, None)
         on_tokens(input_ids.shape[0] * (end - start))
     return outputs.logits
 

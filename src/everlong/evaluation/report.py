@@ -18,6 +18,10 @@ from .needle import NeedleScore, Share
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "os^Dv*"
+TITLES = {
+    "needle": "A pass key hidden in real text",
+    "babi": "Stories of bAbI scattered in real text",
+}
 # Labels of lines that end together are moved apart by this share of the picture's height.
 LABEL_GAP = 0.06
 
@@ -58,9 +62,9 @@ def length_name(length: int) -> str:
 
 
 def needle_table(reports: Sequence[NeedleReport]) -> list[list[str]]:
-    """A head row, then a row for each length: in a column for each model the whole keys right in
-    percent, with the 95% interval, and the single digits right. Of several seeds: the mean, with
-    the lowest and the highest."""
+    """A head row, then a row for each length: in a column for each model the whole answers
+    right in percent, with the 95% interval, and their single tokens right. Of several seeds: the mean,
+    with the lowest and the highest."""
     groups = _by_name(reports)
     names = [
         name if len(group) == 1 else f"{name}, {len(group)} seeds" for name, group in groups.items()
@@ -76,7 +80,7 @@ def print_needle_table(reports: Sequence[NeedleReport], console: Console | None 
     """Print `needle_table`, and what each model whose attention has a reach found beyond it."""
     console = console or Console()
     head, *rows = needle_table(reports)
-    table = Table(title="whole key right, % (95% interval) · digits right, %", min_width=60)
+    table = Table(title="whole answers right, % (95% interval) · their tokens right, %", min_width=60)
     for name in head:
         table.add_column(name, justify="right")
     for row in rows:
@@ -88,17 +92,19 @@ def print_needle_table(reports: Sequence[NeedleReport], console: Console | None 
         far = [score.beyond_reach for score in scores if score.beyond_reach]
         if far:
             console.print(
-                f"{name}: {_total(near)} keys right within its attention's reach, "
+                f"{name}: {_total(near)} answers right within its attention's reach, "
                 f"{_total(far)} beyond it",
                 highlight=False,
                 soft_wrap=True,
             )
 
 
-def write_results(path: Path, reports: Sequence[NeedleReport], **more: Any) -> None:
+def write_results(
+    path: Path, reports: Sequence[NeedleReport], task: str = "needle", **more: Any
+) -> None:
     """The reports as JSON, with versions, machine and date; `more` is added at the top."""
     values = {
-        "task": "needle",
+        "task": task,
         **more,
         "provenance": provenance(),
         "models": [report.to_json() for report in reports],
@@ -116,8 +122,8 @@ def write_markdown(path: Path, reports: Sequence[NeedleReport]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
-    """Whole keys right against length, a line for each model, with its 95% interval; for several
+def plot_needle(path: Path, reports: Sequence[NeedleReport], task: str = "needle") -> None:
+    """Whole answers right against length, a line for each model, with its 95% interval; for several
     seeds of a model the mean with the lowest and the highest. A dashed line marks the training
     length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,6 +133,7 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw_axes(axes, _lengths(reports))
+    axes.set_title(TITLES[task], loc="left")
     _draw_lines(axes, reports)
     for length in {report.training_length for report in reports if report.training_length}:
         axes.axvline(length, color="0.35", linestyle="--", linewidth=1)
@@ -151,8 +158,7 @@ def _draw_axes(axes: Any, lengths: list[int]) -> None:
     axes.set_xticks(lengths, [length_name(length) for length in lengths])
     axes.minorticks_off()
     axes.set_xlabel("length of the text (tokens)")
-    axes.set_ylabel("whole key right (%)")
-    axes.set_title("A pass key hidden in real text", loc="left")
+    axes.set_ylabel("whole answers right (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
 

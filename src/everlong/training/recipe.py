@@ -1,7 +1,8 @@
 """Recipes: one YAML file an experiment, checked in full before any work.
 
-model:     `type` (a model type of transformers, such as titans) and fields of its configuration
-data:      fields of NeedleConfig
+model:     `type` (a model type of transformers, such as titans), fields of its configuration, and
+           if wanted `parameters`, how many it shall have (`everlong.models.model_config`)
+data:      `task` (needle, or babi) and fields of its configuration, NeedleConfig or BabiConfig
 training:  fields of transformers.TrainingArguments
 seed, output_dir, name: see Recipe
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from everlong.data import NeedleConfig, byte_tokenizer
+from everlong.data import TASKS, HaystackConfig, NeedleConfig, byte_tokenizer
 from everlong.data.tokenizer import VOCAB_SIZE
 from everlong.provenance import RECIPE_FILE
 
@@ -36,7 +37,7 @@ class Recipe:
     """
 
     model: dict[str, Any]
-    data: NeedleConfig = field(default_factory=NeedleConfig)
+    data: HaystackConfig = field(default_factory=NeedleConfig)
     training: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
     seed: int = 0
@@ -83,10 +84,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     value that is of the wrong type or makes no sense.
     """
     path = find_recipe(recipe)
-    _check_file_names(path)
-    _check_override_names(overrides)
-    values = _parse(path, overrides)
-    data = NeedleConfig(**values.pop("data"))
+    task = _check_file_names(path)
+    _check_override_names(overrides, task)
+    values = _parse(path, overrides, task)
+    data = task(**values.pop("data"))
     loaded = Recipe(data=data, **{**values, "name": values["name"] or path.stem})
     build_model_config(loaded)
     build_training_arguments(loaded)
@@ -98,8 +99,9 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
 
     The vocabulary and the special tokens are the byte tokenizer's unless the recipe names others.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from everlong.models import model_config
 
     fields = {**recipe.model}
     kind = fields.pop("type", None)
@@ -110,7 +112,8 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
         )
     config_class = CONFIG_MAPPING[kind]
     types = {each.name: each.type for each in dataclasses.fields(config_class) if each.init}
-    check_names(fields, types, "model.")
+    parameters = fields.pop("parameters", None)
+    check_names(fields, [*types, "parameters"], "model.")
     for name, value in fields.items():  # 0 is a fine number for a field that may be 0.1
         if type(value) is int and types[name] in (float, float | None):
             fields[name] = float(value)
@@ -124,7 +127,7 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
             f"got {fields['vocab_size']}: leave it out"
         )
     try:
-        return AutoConfig.for_model(kind, **fields)
+        return model_config(kind, parameters, **fields)
     except Exception as error:  # transformers raises several kinds, all of them about the fields
         raise ValueError(f"model: {_one_line(error)}") from error
 
@@ -182,46 +185,49 @@ def _nearest(name: str, valid: Collection[str], prefix: str = "") -> str:
     return f": valid are {', '.join(sorted(valid))}" if len(valid) < 40 else ""
 
 
-def _top_names() -> list[str]:
-    return [each.name for each in dataclasses.fields(Recipe)]
+def _names(config: type) -> list[str]:
+    return [each.name for each in dataclasses.fields(config)]
 
 
-def _data_names() -> list[str]:
-    return [each.name for each in dataclasses.fields(NeedleConfig)]
-
-
-def _check_file_names(path: Path) -> None:
+def _check_file_names(path: Path) -> type[HaystackConfig]:
+    """Refuse a file with names that no recipe has; the configuration of its task."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_top_names())}")
-    check_names(values, _top_names())
+        raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_names(Recipe))}")
+    check_names(values, _names(Recipe))
     for part in ("model", "data", "training"):
         if not isinstance(values.get(part, {}), dict):
             raise ValueError(f"{path}: {part} must hold fields, got {values[part]!r}")
-    check_names(values.get("data", {}), _data_names(), "data.")
+    data = values.get("data", {})
+    task = data.get("task", "needle")
+    if task not in TASKS:
+        raise ValueError(f"unknown data.task {task!r}: known are {', '.join(TASKS)}")
+    check_names(data, _names(TASKS[task]), "data.")
     if "model" not in values:
         raise ValueError(f"{path} has no model: add `model:` with a `type:` and its fields")
+    return TASKS[task]
 
 
-def _check_override_names(overrides: Sequence[str]) -> None:
+def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) -> None:
     for option in overrides:
         if option.startswith("--"):
             part, _, name = option[2:].split("=")[0].partition(".")
-            check_names([part], _top_names())
+            check_names([part], _names(Recipe))
             if part == "data":
-                check_names([name], _data_names(), "data.")
+                check_names([name], _names(task), "data.")
 
 
-def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(Recipe, skip={"data"})
+    parser.add_class_arguments(task, "data")
     try:
         values = parser.parse_args(["--config", str(path), *overrides]).as_dict()
     except ArgumentError as error:

