@@ -72,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tasks", default="needle", help=f"one of {', '.join(TASKS)}")
     evaluate.add_argument("--lengths", default="512,1k,2k,4k", help="tokens, by commas; 1k = 1024")
     evaluate.add_argument("--samples", type=int, default=100, help="for each length (100)")
+    evaluate.add_argument(
+        "--passages",
+        type=int,
+        default=0,
+        help="read so many passages that fit the question best, not the text (0: the text)",
+    )
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
@@ -192,6 +198,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 task=task,
                 seed=options.seed,
                 source=options.source,
+                passages=options.passages,
             )
         )
         write_results(out / "results.json", reports, task, seed=options.seed)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from everlong.data import NeedleConfig
+from everlong.data import NeedleConfig, byte_tokenizer
 from everlong.evaluation import NeedleScore, attention_reach, evaluate_needle
 from everlong.evaluation.needle import Share, _last_logits
+from everlong.models import Retrieval
 from everlong.training.recipe import build_model_config, load_recipe
 
 
@@ -76,6 +77,16 @@ def test_a_model_that_sees_no_farther_than_its_reach_is_split_by_it(config):
     assert found[:5] == [0.0] * 5
     assert found[-1] == 1.0
     assert sum(share.samples for share in score.by_depth) == 40
+
+
+def test_with_retrieval_a_short_reach_is_enough(config):
+    """And the answers are not part of what is looked for: a wrong question finds nothing."""
+    tokenizer = byte_tokenizer()
+    oracle = Oracle(reach=400)
+    for question_tokens, found in ((64, 40), (1, 5)):
+        retrieval = Retrieval(tokenizer, 128, 2, question_tokens)
+        [score] = evaluate_needle(oracle, config, [4000], 40, retrieval=retrieval)
+        assert abs(score.exact.hits - found) <= 6, question_tokens
 
 
 def test_teacher_forcing_scores_as_greedy_decoding_does(config):

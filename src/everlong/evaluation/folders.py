@@ -63,11 +63,14 @@ def evaluate_needle_folder(
     task: str = "needle",
     seed: int = 0,
     source: str | None = None,
+    passages: int = 0,
 ) -> NeedleReport:
     """Evaluate the model in a folder on a task ("needle", "babi"), with a progress bar on stderr.
 
     The task is as the model was trained on it, with one needle and held-out text, or the default one
     if its recipe has another task or none. source: another text, as for `load_text`.
+    passages: if not 0, the model reads so many of the text's passages that fit the question best
+    (`Retrieval`), and the report's name ends in " +RAG".
     """
     model, tokenizer = load_model(folder)
     if tokenizer("é")["input_ids"] != list("é".encode()):
@@ -79,6 +82,11 @@ def evaluate_needle_folder(
     name = recipe.get("name", "")
     if not Path(folder, RECIPE_FILE).is_file():  # a checkpoint of a run, or no run of everlong
         name = f"{name} {Path(folder).resolve().name}".strip()
+    retrieval = None
+    if passages:
+        from everlong.models import Retrieval
+
+        retrieval, name = Retrieval(tokenizer, num_passages=passages), f"{name} +RAG"
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,6 +104,7 @@ def evaluate_needle_folder(
             samples,
             seed=seed,
             reach=attention_reach(model.config),
+            retrieval=retrieval,
             on_tokens=lambda tokens: bar.advance(done, tokens),
         )
     return NeedleReport(

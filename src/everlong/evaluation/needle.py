@@ -22,6 +22,8 @@ from everlong.data.haystack import IGNORE
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from everlong.models import Retrieval
+
 NUM_DEPTH_BINS = 10
 
 
@@ -123,6 +125,7 @@ def evaluate_needle(
     piece: int = 1024,
     tokens_per_forward: int = 32768,
     reach: int | None = None,
+    retrieval: Retrieval | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[NeedleScore]:
     """Score a byte-level causal language model on held-out needles, one score a length.
@@ -137,13 +140,14 @@ def evaluate_needle(
     piece: tokens fed at a time. tokens_per_forward: rows are batched up to so many.
     reach: tokens that the model's attention can look back, to split the score by; see
         `attention_reach`.
+    retrieval: the model reads what this makes of the text and its question, answers apart.
     on_tokens: called with the number of tokens just read, for a progress bar.
     """
     _check(lengths, samples, piece)
     dataset = config.datasets(samples, seed)[1]
     model.eval()
     return [
-        _score(model, dataset, length, piece, tokens_per_forward, reach, on_tokens)
+        _score(model, dataset, length, piece, tokens_per_forward, reach, retrieval, on_tokens)
         for length in lengths
     ]
 
@@ -176,6 +180,7 @@ def _score(
     piece: int,
     tokens_per_forward: int,
     reach: int | None,
+    retrieval: Retrieval | None,
     on_tokens: Callable[[int], None],
 ) -> NeedleScore:
     longest = dataset.config.longest_answer
@@ -185,8 +190,7 @@ def _score(
     depths, distances = [], []
     started = time.perf_counter()
     for batch in _batches(dataset, length, rows):
-        input_ids = torch.stack([sample["input_ids"] for sample in batch]).to(model.device)
-        logits = _last_logits(model, input_ids, longest + 1, piece, on_tokens)
+        logits = _answers(model, batch, longest, piece, retrieval, on_tokens)
         labels = torch.stack([sample["labels"] for sample in batch])[:, -longest:]
         right = logits[:, :-1].argmax(-1).cpu() == labels
         exact += (right | (labels == IGNORE)).all(1).tolist()
@@ -212,6 +216,27 @@ def _score(
     )
 
 
+def _answers(
+    model: PreTrainedModel,
+    batch: list[dict[str, Any]],
+    longest: int,
+    piece: int,
+    retrieval: Retrieval | None,
+    on_tokens: Callable[[int], None],
+) -> torch.Tensor:
+    """The logits [B, longest + 1, vocabulary] of the last tokens, from the one before them on."""
+    ids = [sample["input_ids"] for sample in batch]
+    if retrieval is None:
+        return _last_logits(model, torch.stack(ids), longest + 1, piece, on_tokens)
+    logits = []
+    for row, sample in zip(ids, batch, strict=True):
+        answer = int((sample["labels"] != IGNORE).sum())
+        short = torch.cat([retrieval.shorten(row[:-answer]), row[-answer:]])[None]
+        logits.append(_last_logits(model, short, longest + 1, piece, lambda tokens: None))
+        on_tokens(len(row))
+    return torch.cat(logits)
+
+
 def _batches(dataset: HaystackDataset, length: int, rows: int) -> Iterator[list[dict[str, Any]]]:
     samples = len(dataset)
     for start in range(0, samples, rows):
@@ -227,6 +252,7 @@ def _last_logits(
     on_tokens: Callable[[int], None],
 ) -> torch.Tensor:
     """The logits [B, count, vocabulary] of the last tokens, read in pieces."""
+    input_ids = input_ids.to(model.device)
     length = input_ids.shape[1]
     starts = list(range(0, length, piece))
     if len(starts) > 1 and length - starts[-1] < count:

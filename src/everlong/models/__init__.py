@@ -10,6 +10,7 @@ from everlong.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetFor
 from everlong.models.modeling_lm2 import LM2ForCausalLM, LM2Model
 from everlong.models.modeling_rmt import RMTForCausalLM, RMTModel
 from everlong.models.modeling_titans import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+from everlong.models.retrieval import Retrieval, RetrievalLM
 from everlong.models.sizes import count_parameters, model_config
 
 # Some parts of transformers (the Trainer when it resumes) read any config.json by the base class,
@@ -40,6 +41,8 @@ __all__ = [
     "RMTConfig",
     "RMTForCausalLM",
     "RMTModel",
+    "Retrieval",
+    "RetrievalLM",
     "TitansConfig",
     "TitansForCausalLM",
     "TitansModel",
