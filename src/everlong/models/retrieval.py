@@ -15,7 +15,7 @@ class Retrieval:
 
     Args:
         tokenizer: the model's; passages are compared as words of the text that it decodes.
-        passage_tokens: of a passage. They overlap by half, so that one of them holds the whole of what is
+        passage_tokens: of a passage. They overlap by half, so that one holds the whole of what is
             short; of two that overlap the better one is taken.
         num_passages: how many are taken, at most.
         question_tokens: the prompt's last tokens, which are always kept and say what is looked for.
