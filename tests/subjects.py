@@ -189,6 +189,7 @@ SUBJECTS = [
         lm2(num_memory_slots=5, memory_layers=1, initial_memory_scale=0.5),
         precision=torch.float32,
     ),
+    Subject("lm2-identity", lm2(num_memory_slots=9, identity_slots=True), precision=torch.float32),
     Subject("lm2-positions", lm2(memory_addressing="positions"), precision=torch.float32),
     Subject(
         "lm2-released", lm2(memory_addressing="released", num_memory_heads=2), precision=torch.float32

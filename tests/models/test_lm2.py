@@ -83,7 +83,7 @@ def test_a_llama_whose_bank_alone_is_trained(llama):
 
 @EVERY
 def test_what_the_bank_did(kind):
-    """Weights over slots sum to one; the same in any split."""
+    """Weights over slots sum to one; the same in any split, and in a row of a padded batch."""
     model, ids = make(kind), text()
     trace = model(ids, output_memory=True).memory[0]
     assert_close("sum", trace.attention.sum(-1), torch.ones(2, ids.shape[1], 1), torch.float32)
@@ -92,8 +92,56 @@ def test_what_the_bank_did(kind):
         out = model(piece, past_key_values=cache, use_cache=True, output_memory=True)
         cache = out.past_key_values
         pieces.append(out.memory[0])
+    mask = torch.nn.functional.pad(torch.ones_like(ids[:1]), (3, 0))
+    padded = torch.cat([torch.nn.functional.pad(ids[:1], (3, 0)), text(1, ids.shape[1] + 3)])
+    mask = torch.cat([mask, torch.ones_like(mask)])
+    padded = model(padded, attention_mask=mask, output_memory=True).memory[0]
     for name, value in trace._asdict().items():
-        assert_close(name, torch.cat([getattr(p, name) for p in pieces], 1), value, torch.float32)
+        if isinstance(value, torch.Tensor):
+            assert_close(name, torch.cat([getattr(p, name) for p in pieces], 1), value, torch.float32)
+            assert_close(name, getattr(padded, name)[0, 3:], value[0], torch.float32)
+    writes = [write for piece in pieces for write in piece.writes]
+    assert len(writes) == len(trace.writes)
+    for got, want in zip(writes, trace.writes, strict=True):
+        for field in got._fields:
+            assert_close(
+                field, getattr(got, field).float(), getattr(want, field).float(), torch.float32
+            )
+
+
+def test_the_writes_of_slots_are_those_of_the_states():
+    """Before and after each segment, with the equations that lie between."""
+    model, ids = make("slots"), text(2, 2 * SEGMENT + 3)
+    trace = model(ids, output_memory=True).memory[0]
+    assert [write.rows.tolist() for write in trace.writes] == [[0, 1], [0, 1]]
+    before = model.model.layers[0].memory.initial(torch.zeros(1)).expand(2, -1, -1)
+    for end, write in zip((SEGMENT, 2 * SEGMENT), trace.writes, strict=True):
+        after = model(ids[:, :end], use_cache=True).past_key_values.layers[0].state.bank
+        assert_close("before", write.before, before, torch.float32)
+        assert_close("after", write.after, after, torch.float32)
+        kept = write.after - write.forget_gate * write.before
+        assert (kept.abs() <= write.input_gate).all()
+        before = after
+
+
+def test_the_gates_of_positions_are_those_of_the_equations():
+    for kind in ("positions", "released"):
+        model, ids = make(kind), text(2, SEGMENT)
+        first, second = model(ids, output_memory=True).memory
+        assert_close("start", first.before, torch.eye(SEGMENT, 8).expand(2, -1, -1), torch.float32)
+        assert torch.equal(first.after, second.before)
+        kept = first.after - first.forget_gate * first.before
+        assert (kept.abs() <= first.input_gate).all()
+        bank = model(ids, use_cache=True).past_key_values.layers[0].state.bank
+        assert_close("bank", second.after, bank, torch.float32)
+        assert (first.output_gate is None) == (kind == "released")
+
+
+def test_slots_that_start_as_the_identity():
+    model = make("slots", identity_slots=True)
+    assert "slots" not in "".join(dict(model.named_parameters()))
+    state = model(text(2, 3), use_cache=True).past_key_values.layers[0].state
+    assert torch.equal(state.bank, torch.eye(5, 8).expand(2, -1, -1))
 
 
 def test_a_row_of_pads_hides_no_trace():

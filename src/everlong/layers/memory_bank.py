@@ -24,11 +24,33 @@ from everlong.ops.attention import causal_mask
 from everlong.ops.state import State, agreed
 
 
+class BankWrite(NamedTuple):
+    """How a segment's end wrote the slots of some rows (documents, where a call has several).
+
+    rows: [n], which. before, after: [n, R, D], their banks. input_gate, forget_gate: [n, R, D].
+    """
+
+    rows: Tensor
+    before: Tensor
+    after: Tensor
+    input_gate: Tensor
+    forget_gate: Tensor
+
+
 class BankTrace(NamedTuple):
-    """What the tokens of a call did with a bank; 0 at pads."""
+    """What the tokens of a call did with a bank; 0 at pads.
+
+    Where token i writes slot i: the gates and its row of the bank before and after. Where a segment's
+    end writes all slots: `writes`, one for each place in the call where segments ended.
+    """
 
     attention: Tensor  # [B, T, heads, R]  weights over slots
-    output_gate: Tensor  # [B, T, D]
+    output_gate: Tensor | None  # [B, T, D]   None in "released", which has none
+    input_gate: Tensor | None = None  # [B, T, D]
+    forget_gate: Tensor | None = None  # [B, T, D]
+    before: Tensor | None = None  # [B, T, D]
+    after: Tensor | None = None  # [B, T, D]
+    writes: tuple[BankWrite, ...] = ()
 
 
 class SlotBank(nn.Module):
@@ -45,6 +67,8 @@ class SlotBank(nn.Module):
         initial_scale: start of the scale, a number a channel; None: no scale. At 0 the bank is
             closed: out is exactly 0, until the scale learns.
         initial_forget: sigmoid(b) of a fresh bank, what a slot keeps at a segment's end.
+        identity: slot r starts as row r of the identity (zeros beyond D, alike for ever), as in the
+            paper; else every slot starts as a row that is learned.
     """
 
     def __init__(
@@ -55,10 +79,12 @@ class SlotBank(nn.Module):
         top_k: int | None = None,
         initial_scale: float | None = None,
         initial_forget: float = 0.75,
+        identity: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.top_k = num_heads, top_k
-        self.slots = Weight(num_slots, hidden_size, start=nn.init.normal_)
+        self.shape = (num_slots, hidden_size)
+        self.slots = None if identity else Weight(*self.shape, start=nn.init.normal_)
         self.q_proj, self.k_proj, self.v_proj = (_square(hidden_size) for _ in range(3))
         self.output_gate, self.input_gate = _square(hidden_size), _square(hidden_size)
         self.write_q_proj, self.write_k_proj, self.write_v_proj = (
@@ -69,7 +95,9 @@ class SlotBank(nn.Module):
 
     def initial(self, like: Tensor) -> Tensor:
         """The bank before the first segment, [1, R, D], in the type of `like`."""
-        return self.slots().to(like.dtype).unsqueeze(0)
+        if self.slots is not None:
+            return self.slots().to(like.dtype).unsqueeze(0)
+        return torch.eye(*self.shape, dtype=like.dtype, device=like.device).unsqueeze(0)
 
     def read(self, e: Tensor, bank: Tensor, trace: bool = False) -> tuple[Tensor, BankTrace | None]:
         """What each token of e [B, T, D] gets from bank [B, R, D]: [B, T, D]."""
@@ -78,7 +106,8 @@ class SlotBank(nn.Module):
         )
         x, weights = _attend(q, k, v, None, self.top_k, trace)
         gate = torch.sigmoid(self.output_gate(x))
-        return _scaled(self.scale, gate * x), _trace(weights, gate)
+        found = None if weights is None else BankTrace(weights, gate)
+        return _scaled(self.scale, gate * x), found
 
     def keys_and_values(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens e [B, T, D] offer to the slots: [B, heads, T, d] each."""
@@ -87,13 +116,15 @@ class SlotBank(nn.Module):
             _heads(self.write_v_proj(e), self.num_heads),
         )
 
-    def write(self, bank: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The bank [B, R, D] after a segment of these keys and values; mask: [B, 1, 1, T], which of
-        them there are."""
+    def write(
+        self, bank: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The bank [B, R, D] after a segment of these keys and values, and the input and the forget
+        gate [B, R, D]; mask: [B, 1, 1, T], which of the keys there are."""
         q = _heads(self.write_q_proj(bank), self.num_heads)
         u = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        new = torch.sigmoid(self.input_gate(u)) * torch.tanh(u)
-        return new + torch.sigmoid(self.forget_gate(u)) * bank
+        g_in, g_forget = torch.sigmoid(self.input_gate(u)), torch.sigmoid(self.forget_gate(u))
+        return g_in * torch.tanh(u) + g_forget * bank, g_in, g_forget
 
 
 class PositionRead(NamedTuple):
@@ -205,12 +236,13 @@ class PositionBank(RowBank):
     ) -> PositionRead:
         """See the base class."""
         x, seen, weights = self._attend(e, rows, state.seen, lengths, trace)
-        gate = torch.sigmoid(self.output_gate(x))
-        new = torch.sigmoid(self.input_gate(e)) * torch.tanh(x)
-        new = new + torch.sigmoid(self.forget_gate(x)) * rows
-        return PositionRead(
-            _scaled(self.scale, gate * rows), new, PositionState(seen, None), _trace(weights, gate)
-        )
+        gate, g_in = torch.sigmoid(self.output_gate(x)), torch.sigmoid(self.input_gate(e))
+        g_forget = torch.sigmoid(self.forget_gate(x))
+        new = g_in * torch.tanh(x) + g_forget * rows
+        found = None
+        if weights is not None:
+            found = BankTrace(weights, gate, g_in, g_forget, rows, new)
+        return PositionRead(_scaled(self.scale, gate * rows), new, PositionState(seen, None), found)
 
 
 class ReleasedBank(RowBank):
@@ -261,15 +293,17 @@ class ReleasedBank(RowBank):
         bias = self.gate_bias()
         g_in, g_forget = gates.chunk(2, -1)
         g_in = torch.sigmoid(g_in + bias[0])
-        new = g_in * torch.tanh(z) + torch.sigmoid(g_forget + bias[1]) * rows
+        g_forget = torch.sigmoid(g_forget + bias[1])
+        new = g_in * torch.tanh(z) + g_forget * rows
+        found = None
+        if weights is not None:
+            found = BankTrace(weights, None, g_in, g_forget, rows, new)
         # The sum of no token stands before the first: row b's sum is behind its lengths[b] tokens.
         sums = torch.cat([state.pooled[:, None], pooled], 1)
         taken = torch.as_tensor(e.shape[1] if lengths is None else lengths).expand(len(e))
         going_on = (torch.as_tensor(seen.position) > 0).to(e.device).view(-1, 1)
         last = sums[torch.arange(len(e), device=e.device), taken.to(e.device)].where(going_on, 0.0)
-        return PositionRead(
-            _scaled(self.scale, new), new, PositionState(seen, last), _trace(weights, g_in)
-        )
+        return PositionRead(_scaled(self.scale, new), new, PositionState(seen, last), found)
 
 
 def _square(size: int) -> nn.Linear:
@@ -313,7 +347,3 @@ def _attend(
         weights = scores.softmax(-1)
         y, weights = weights @ v, weights.transpose(1, 2)
     return y.transpose(1, 2).flatten(2), weights if trace else None
-
-
-def _trace(weights: Tensor | None, gate: Tensor) -> BankTrace | None:
-    return None if weights is None else BankTrace(weights, gate)

@@ -39,6 +39,8 @@ class LM2Config(LlamaConfig):
         memory_top_k: slots that a token reads, its best ones; None: all.
         initial_memory_scale: start of a learned factor a channel on what is read; None: no factor. At
             0 the model starts as the Llama that it is without the bank.
+        identity_slots: `"slots"`: slot r starts as row r of the identity, as in the paper; else every
+            slot starts as a learned row.
         initial_memory_forget: `"slots"`: what a slot of a fresh model keeps at a segment's end.
         backprop_segments: gradients are cut at every so many segments, and at the start of a call that
             goes on from a cache; None: never.
@@ -54,6 +56,7 @@ class LM2Config(LlamaConfig):
     num_memory_heads: int = 1
     memory_top_k: int | None = None
     initial_memory_scale: float | None = None
+    identity_slots: bool = False
     initial_memory_forget: float = 0.75
     backprop_segments: int | None = None
     bos_token_id: int | None = None

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 
 from everlong.layers import AttentionState, Gate, PositionBank, ReleasedBank, SlotBank, Weight
 from everlong.layers.attention import join_keys
-from everlong.layers.memory_bank import PositionState
+from everlong.layers.memory_bank import BankWrite, PositionState
 from everlong.models.configuration_lm2 import LM2Config
 from everlong.models.stateful import (
     BlockOutput,
@@ -106,6 +106,7 @@ class LM2Layer(LlamaDecoderLayer):
                     config.num_memory_slots,
                     config.num_memory_heads,
                     initial_forget=config.initial_memory_forget,
+                    identity=config.identity_slots,
                     **shared,
                 )
             else:
@@ -182,27 +183,37 @@ class SlotLayer(LM2Layer):
         k, v = self.memory.keys_and_values(e)
         k, v = join_keys(state.offered.keys, k), join_keys(state.offered.values, v)
         offered = state.offered.keep(k, v, attention.position, lengths)
-        bank = self._written(state, k, v, lengths, x.shape[1])
+        bank, writes = self._written(state, k, v, lengths, x.shape[1], trace)
+        found = None if found is None else found._replace(writes=writes)
         return BlockOutput(x + (e + got), LM2State(attention, offered, None, bank), None, found)
 
     def _written(
-        self, state: LM2State, k: Tensor, v: Tensor, lengths: Tensor | None, tokens: int
-    ) -> Tensor:
-        """The bank behind the tokens: written in the rows whose segment ends with them."""
-        position, segment = state.attention.position, self.config.segment_length
-        assert state.bank is not None
-        if lengths is None and isinstance(position, int):
-            ends = position + tokens == segment
-            return self.memory.write(state.bank, k, v) if ends else state.bank
-        before = per_row(position, len(k))
+        self,
+        state: LM2State,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        tokens: int,
+        trace: bool,
+    ) -> tuple[Tensor, tuple[BankWrite, ...]]:
+        """The bank behind the tokens, written in the rows whose segment ends with them, and how."""
+        bank, position = state.bank, state.attention.position
+        assert bank is not None
         count = per_row(tokens if lengths is None else lengths, len(k))
-        ended = before + count == segment
+        before = per_row(position, len(k))
+        ended = before + count == self.config.segment_length
         if not bool(ended.any()):
-            return state.bank
-        column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
-        real = (column >= past - before[:, None]) & (column < past + count[:, None])
-        mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
-        return choose(ended, self.memory.write(state.bank, k, v, mask), state.bank)
+            return bank, ()
+        mask = None
+        if lengths is not None or isinstance(position, Tensor):
+            column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
+            real = (column >= past - before[:, None]) & (column < past + count[:, None])
+            mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
+        new, *gates = self.memory.write(bank, k, v, mask)
+        rows = ended.nonzero().squeeze(1)
+        picked = [x[rows.to(x.device)] for x in (bank, new, *gates)] if trace else []
+        writes = (BankWrite(rows, *picked),) if trace else ()
+        return (new if bool(ended.all()) else choose(ended, new, bank)), writes
 
 
 class PositionLayer(LM2Layer):

@@ -50,9 +50,15 @@ def join_pieces(
     strength = join(strengths) if strengths else None
     trace = None
     if traces:
-        fields = zip(*traces, strict=True)
-        trace = type(traces[0])(*(join(list(parts)) for parts in fields))
+        trace = type(traces[0])(*(_join_field(parts, join) for parts in zip(*traces, strict=True)))
     return BlockOutput(join([out.y for out in outputs]), outputs[-1].state, strength, trace)
+
+
+def _join_field(parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """A trace's field of pieces in a row: a tensor, None, or a tuple of what happened now and then."""
+    if isinstance(parts[0], tuple):
+        return sum(parts, ())
+    return None if parts[0] is None else join(list(parts))
 
 
 @dataclass
