@@ -3,7 +3,13 @@ test_lm2_reference.py)."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from everlong.models import LM2Config, LM2ForCausalLM
 from numerics import assert_close
@@ -62,6 +68,16 @@ def test_a_llama_with_closed_banks_is_that_llama(kind, llama):
             assert parameter.grad.any(), name
     torch.optim.SGD(new.parameters(), lr=1.0).step()
     assert not torch.equal(new(ids).logits, model(ids).logits)
+
+
+def test_what_is_no_llama_is_named(tmp_path, llama):
+    GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a gpt2, not a llama: RMTForCausalLM\.from_causal_lm"):
+        LM2ForCausalLM.from_llama(tmp_path)
+    model, folder = llama
+    one, other = (LM2ForCausalLM.from_llama(x, num_memory_slots=4).eval() for x in (model, folder))
+    ids = text(1, 32)
+    assert torch.equal(one(ids).logits, other(ids).logits)
 
 
 def test_a_llama_whose_bank_alone_is_trained(llama):

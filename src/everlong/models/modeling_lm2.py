@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -349,12 +350,23 @@ class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     @classmethod
-    def from_llama(cls, name: str, **fields: Any) -> "LM2ForCausalLM":
-        """A pretrained Llama (a folder or a hub id) with banks that start closed: on one segment its
-        logits are the Llama's. fields: of `LM2Config`, such as memory_layers and num_memory_slots;
-        segment_length defaults to the Llama's longest text.
+    def from_llama(
+        cls, llama: str | PathLike[str] | LlamaForCausalLM, **fields: Any
+    ) -> "LM2ForCausalLM":
+        """A pretrained Llama (a folder, a hub id or the model) with banks that start closed: on one
+        segment its logits are the Llama's. fields: of `LM2Config`, such as memory_layers and
+        num_memory_slots; segment_length defaults to the Llama's longest text.
+
+        Raises ValueError for a model that is no Llama.
         """
-        llama = LlamaForCausalLM.from_pretrained(name)
+        if not isinstance(llama, LlamaForCausalLM):
+            kind = AutoConfig.from_pretrained(llama).model_type
+            if kind != "llama":
+                raise ValueError(
+                    f"{llama} is a {kind}, not a llama: RMTForCausalLM.from_causal_lm gives memory to "
+                    "models of other kinds"
+                )
+            llama = LlamaForCausalLM.from_pretrained(llama)
         inherited = {k: v for k, v in llama.config.to_dict().items() if k not in NOT_INHERITED}
         defaults = {
             "segment_length": llama.config.max_position_embeddings,
