@@ -159,7 +159,7 @@ def test_what_is_not_supported_is_refused(model):
     cache = model(torch.randint(11, (1, 3)), use_cache=True).past_key_values
     refused(model, "batch 1 but the input has batch 2", past_key_values=cache)
     other = titans("lmm")().double()(torch.randint(11, (2, 3)), use_cache=True).past_key_values
-    refused(model, "1 layers but the model 2", past_key_values=other)
+    refused(model, "1 states but the model 2", past_key_values=other)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="does not hold a memory"):

@@ -29,6 +29,7 @@ from everlong.models.stateful import (
     StatefulCausalLM,
     StatefulDecoder,
     StatefulPreTrained,
+    begin,
     join_pieces,
 )
 from everlong.ops.attention import causal_mask
@@ -134,16 +135,7 @@ class LM2Layer(LlamaDecoderLayer):
 
     def begin(self, x: Tensor, state: Any, fresh: Tensor | None) -> LM2State:
         """The state to go on from; refuses another model's."""
-        if state is None:
-            return self.initial_state(x).expand(x.shape[0])
-        if not isinstance(state, LM2State):
-            raise ValueError(
-                f"the layer wants an LM2State, got a {type(state).__name__}: it belongs to another "
-                "model"
-            )
-        if fresh is not None and bool(fresh.any()):
-            return state.restart(fresh, self.initial_state(x).expand(x.shape[0]))
-        return state
+        return begin(x, state, LM2State, self.initial_state, fresh)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))

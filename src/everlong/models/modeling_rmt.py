@@ -21,6 +21,7 @@ from everlong.models.stateful import (
     StatefulCausalLM,
     StatefulDecoder,
     StatefulPreTrained,
+    begin,
     join_pieces,
 )
 from everlong.ops.documents import Cuts
@@ -155,7 +156,7 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
         *more: Any,
     ) -> list[BlockOutput]:
         """As in `StatefulDecoder`: all layers are one."""
-        state = self._begin(x, states[0], fresh)
+        state = begin(x, states[0], RMTState, self.initial_state, fresh)
         if not x.shape[1]:
             return [BlockOutput(x, state)]
         # What is open: tokens behind the memory that the keys begin with.
@@ -171,19 +172,6 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
                 outputs.append(self._read_rows(piece, state, count))
             state = outputs[-1].state
         return [join_pieces(outputs, cuts.join)]
-
-    def _begin(self, x: Tensor, state: Any, fresh: Tensor | None) -> RMTState:
-        """The state to go on from; refuses another model's."""
-        if state is None:
-            return self.initial_state(x).expand(x.shape[0])
-        if not isinstance(state, RMTState):
-            raise ValueError(
-                f"the model wants an RMTState, got a {type(state).__name__}: it belongs to another "
-                "model"
-            )
-        if fresh is not None and bool(fresh.any()):
-            return state.restart(fresh, self.initial_state(x).expand(x.shape[0]))
-        return state
 
     def _closed(self, memory: Tensor) -> RMTState:
         """Before the first token of a segment with this memory [B, m, D]."""

@@ -6,7 +6,7 @@ a cache, documents in rows of their own, gradients cut where that is wanted, and
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from everlong.models.card import write_card
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
+Own = TypeVar("Own", bound=State)
 FAINT = 1e-3  # of the full strength of writing: below it the price of `memory_write_cost` fades
 
 
@@ -33,6 +34,26 @@ class BlockOutput(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
         """With `function` applied to all that is [B, T, ...]."""
         return join_pieces([self], lambda parts: function(parts[0]))
+
+
+def begin(
+    x: Tensor,
+    state: Any,
+    kind: type[Own],
+    initial: Callable[[Tensor], Own],
+    fresh: Tensor | None,
+) -> Own:
+    """The state of each row of x to go on from: `initial` without one, and in rows where `fresh`
+    [B] (on the CPU) holds. Raises ValueError for a state of another kind."""
+    if state is None:
+        return initial(x).expand(x.shape[0])
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"wanted is a {kind.__name__}, got a {type(state).__name__}: it belongs to another model"
+        )
+    if fresh is not None and bool(fresh.any()):
+        return state.restart(fresh, initial(x).expand(x.shape[0]))
+    return state
 
 
 def join_pieces(

@@ -23,7 +23,7 @@ from everlong.layers import (
     Weight,
 )
 from everlong.models.configuration_titans import TitansConfig
-from everlong.models.stateful import BlockOutput, join_pieces
+from everlong.models.stateful import BlockOutput, begin, join_pieces
 from everlong.ops import NeuralMemoryState
 from everlong.ops.documents import Cuts
 from everlong.ops.state import State, choose
@@ -75,15 +75,7 @@ class Block(nn.Module):
         """x: [B, T, D]; state: where an earlier call stopped (None: a document's start); lengths: [B]
         on the CPU, the real tokens of each row, aligned left (default: all); fresh: [B] on the CPU,
         rows that start a document in spite of the state."""
-        if state is None:
-            state = self.initial_state(x).expand(x.shape[0])
-        elif not isinstance(state, self.state_type):
-            raise ValueError(
-                f"the layer wants a {self.state_type.__name__}, got a {type(state).__name__}: it "
-                "belongs to another model"
-            )
-        elif fresh is not None and bool(fresh.any()):
-            state = state.restart(fresh, self.initial_state(x).expand(x.shape[0]))
+        state = begin(x, state, self.state_type, self.initial_state, fresh)
         return self.mix(x, self._with_parameters(x, state), lengths, trace)
 
     def _with_parameters(self, x: Tensor, state: Any) -> Any:
