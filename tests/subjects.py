@@ -139,12 +139,11 @@ def lm2(**options: Any) -> Callable[[], nn.Module]:
 
 def rmt(**options: Any) -> Callable[[], nn.Module]:
     """A small Llama, or model of another model_type, with two rows of memory."""
-    outer = {name: options.pop(name) for name in ("backprop_segments",) if name in options}
+    own = ("backprop_segments", "segment_length")
+    outer = {"segment_length": SEGMENT} | {n: options.pop(n) for n in own if n in options}
     small = GPT2 if options.get("model_type") == "gpt2" else LLAMA
     base = {"vocab_size": VOCABULARY, "eos_token_id": None, **small, **options}
-    return lambda: RMTForCausalLM(
-        RMTConfig(base_config=dict(base), num_memory_tokens=2, segment_length=SEGMENT, **outer)
-    )
+    return lambda: RMTForCausalLM(RMTConfig(base_config=dict(base), num_memory_tokens=2, **outer))
 
 
 LLAMA = {
@@ -208,4 +207,5 @@ LONG = [
     Subject("mag", titans("mag", chunk_size=64, sliding_window=512)),
     Subject("mal", titans("mal", chunk_size=64, sliding_window=512)),
     Subject("lm2", lm2(num_memory_slots=5, segment_length=512), precision=torch.float32),
+    Subject("rmt", rmt(segment_length=512), precision=torch.float32),
 ]

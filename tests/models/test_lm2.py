@@ -20,6 +20,8 @@ KINDS = {
     "positions": {"memory_addressing": "positions"},
     "released": {"memory_addressing": "released"},
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+SHORT = {"max_position_embeddings": 8, "segment_length": 9}
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -68,6 +70,24 @@ def test_a_llama_with_closed_banks_is_that_llama(kind, llama):
             assert parameter.grad.any(), name
     torch.optim.SGD(new.parameters(), lr=1.0).step()
     assert not torch.equal(new(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_llama_keeps_its_angles(dtype, llama, tmp_path):
+    """Rotary frequencies in bfloat16 would be off by half a radian at position 1,000."""
+    llama[0].to(dtype).save_pretrained(tmp_path / "half")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "half")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "half")
+    new = LM2ForCausalLM.from_llama(tmp_path / "half", num_memory_slots=4).eval()
+    assert {p.dtype for p in new.parameters()} == {dtype}
+    ids = text(2, 32)
+    assert torch.equal(new(ids).logits, model(ids).logits)
+    new.save_pretrained(tmp_path / "new")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    ids = text(2, 70)
+    assert torch.equal(loaded(ids).logits, new(ids).logits)
+    assert new.generation_config.max_new_tokens == 7
 
 
 def test_what_is_no_llama_is_named(tmp_path, llama):
@@ -194,6 +214,8 @@ def test_presets_on_the_meta_device():
         ("num_memory_slots .5. must be segment_length", {"memory_addressing": "positions"}),
         ("memory_layers must be numbers from 0 to 1", {"memory_layers": [2]}),
         ("memory_layers must be numbers from 0 to 1", {"memory_layers": 3}),
+        ("memory_layers must be a number of layers or a list, got -1", {"memory_layers": -1}),
+        ("rope_type 'dynamic'.*beyond 8 positions", {"rope_parameters": DYNAMIC, **SHORT}),
         ("memory_layers must be numbers from 0 to 1", {"memory_layers": [1, 0]}),
         ("not a multiple of num_memory_heads", {"num_memory_heads": 3}),
         ("memory_top_k must be at least 1", {"memory_top_k": 0}),

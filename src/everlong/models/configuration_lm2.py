@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from everlong.models.configuration_rmt import check_rotary
 from everlong.models.presets import lm2_preset_fields
 
 ADDRESSINGS = ("slots", "positions", "released")
@@ -67,7 +68,7 @@ class LM2Config(LlamaConfig):
             self.num_memory_slots = self.segment_length
         if self.memory_layers is None:
             self.memory_layers = self.num_hidden_layers
-        if isinstance(self.memory_layers, int):
+        if isinstance(self.memory_layers, int) and self.memory_layers >= 0:
             self.memory_layers = list(range(self.memory_layers))
         super().__post_init__(**kwargs)
 
@@ -99,7 +100,9 @@ class LM2Config(LlamaConfig):
                 f"unknown memory_addressing {self.memory_addressing!r}: use {', '.join(ADDRESSINGS)}"
             )
         layers = self.memory_layers
-        assert isinstance(layers, list)
+        if isinstance(layers, int):
+            raise ValueError(f"memory_layers must be a number of layers or a list, got {layers}")
+        assert layers is not None
         if sorted(set(layers)) != layers or not all(0 <= n < self.num_hidden_layers for n in layers):
             raise ValueError(
                 f"memory_layers must be numbers from 0 to {self.num_hidden_layers - 1}, each once and "
@@ -116,6 +119,7 @@ class LM2Config(LlamaConfig):
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_memory_heads "
                 f"({self.num_memory_heads})"
             )
+        check_rotary(self, self.segment_length)
         if not 0 < self.initial_memory_forget < 1:
             raise ValueError(
                 f"initial_memory_forget must lie between 0 and 1, got {self.initial_memory_forget}"

@@ -5,11 +5,23 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-INSTEAD = (
-    "RMT wraps a causal language model whose layers all keep keys and values, such as llama or gpt2"
+# What RMT has been tried around: every layer keeps the keys and values of all it read, no token sees
+# the future, and the head is one matrix. Others may do too; some, such as bert, only look as if.
+KINDS = (
+    "llama",
+    "gpt2",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "olmo",
+    "olmo2",
+    "gemma",
+    "bloom",
+    "biogpt",
 )
+INSTEAD = f"RMT wraps {', '.join(KINDS)}"
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @strict
@@ -37,21 +49,26 @@ class RMTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Fields that every model has are the inner one's.
-        inner = {
-            name: kwargs.pop(name)
-            for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-            if name in kwargs
-        }
         base: Any = {"model_type": "llama"} if self.base_config is None else self.base_config
+        kind = base.get("model_type") if isinstance(base, dict) else base.model_type
+        if kind not in KINDS:
+            raise ValueError(f"a model of type {kind!r} cannot be in base_config: {INSTEAD}")
+        # Fields that every model has are the inner one's.
+        vocab_size = kwargs.pop("vocab_size", None)
         if isinstance(base, dict):
-            kind = base.get("model_type")
-            if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-                raise ValueError(f"unknown model_type {kind!r} in base_config: {INSTEAD}")
-            base = CONFIG_MAPPING[kind](**inner | {k: v for k, v in base.items() if k != "model_type"})
+            fields = {k: v for k, v in base.items() if k != "model_type"}
+            if vocab_size is not None:
+                fields.setdefault("vocab_size", vocab_size)
+            base = CONFIG_MAPPING[kind](**fields)
+        if vocab_size not in (None, base.vocab_size):
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but {base.vocab_size} in base_config: leave one out"
+            )
         self.base_config = base
         self.tie_word_embeddings = bool(base.tie_word_embeddings)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in TOKENS:
+            if name in kwargs:
+                setattr(base, name, kwargs[name])
             kwargs[name] = getattr(base, name, None)
         super().__post_init__(**kwargs)
 
@@ -107,11 +124,10 @@ class RMTConfig(PreTrainedConfig):
                 f"backprop_segments must be at least 1, or None, got {self.backprop_segments}"
             )
         kinds = set(getattr(self.base, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or getattr(self.base, "sliding_window", None):
+        if kinds != {"full_attention"}:
             raise ValueError(
-                f"{self.base.model_type} has layers that RMT cannot carry through a segment "
-                f"({', '.join(sorted(kinds))}; sliding_window "
-                f"{getattr(self.base, 'sliding_window', None)}): {INSTEAD}"
+                f"layers of {', '.join(sorted(kinds))} cannot be carried through a segment: give the "
+                "model inside layer_types of full_attention alone"
             )
         read = self.segment_length + 2 * self.num_memory_tokens
         longest = getattr(self.base, "max_position_embeddings", None)
@@ -121,3 +137,19 @@ class RMTConfig(PreTrainedConfig):
                 f"{self.num_memory_tokens} is {read} positions, but the model inside takes {longest}: "
                 "choose a smaller segment_length"
             )
+        check_rotary(self.base, read)
+
+
+def check_rotary(config: Any, read: int) -> None:
+    """Refuse rotary frequencies that change with the text's length, where `read` positions change them:
+    a later token would change what came before."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("dynamic", "longrope"):
+        return
+    longest = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if read > longest:
+        raise ValueError(
+            f"rope_type {kind!r} changes its frequencies beyond {longest} positions: later tokens "
+            f"would change earlier ones. A segment has {read}: choose a smaller segment_length"
+        )

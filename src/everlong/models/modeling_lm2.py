@@ -30,6 +30,7 @@ from everlong.models.stateful import (
     StatefulDecoder,
     StatefulPreTrained,
     begin,
+    cast_parameters,
     join_pieces,
 )
 from everlong.ops.attention import causal_mask
@@ -364,7 +365,8 @@ class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
             "segment_length": llama.config.max_position_embeddings,
             "initial_memory_scale": 0.0,
         }
-        model = cls(LM2Config(**(inherited | defaults | fields))).to(llama.dtype)
+        model = cls(LM2Config(**(inherited | defaults | fields)))
+        cast_parameters(model, llama.dtype)
         missing, unexpected = model.load_state_dict(llama.state_dict(), strict=False)
         assert not unexpected and all(".memory." in key for key in missing)
         model.generation_config = llama.generation_config

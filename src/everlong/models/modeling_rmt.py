@@ -11,17 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from everlong.layers import AttentionState, Weight
-from everlong.models.configuration_rmt import INSTEAD, RMTConfig
+from everlong.models.configuration_rmt import INSTEAD, KINDS, RMTConfig
 from everlong.models.stateful import (
     BlockOutput,
     StatefulCausalLM,
     StatefulDecoder,
     StatefulPreTrained,
     begin,
+    cast_parameters,
     join_pieces,
 )
 from everlong.ops.documents import Cuts
@@ -46,19 +54,20 @@ register_dataclass(RMTState)
 class Segment(GradientCheckpointingLayer):
     """One pass of the model inside over rows behind those that its keys stand for.
 
-    It does not own that model: gradients are recomputed for a segment at a time.
+    A module of its own, without parameters: where gradients are computed again, it is for a segment at
+    a time.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.run = partial(_run, base)
-
     def forward(
-        self, x: Tensor, layers: tuple[AttentionState, ...], lengths: Tensor | None = None
+        self,
+        base: nn.Module,
+        x: Tensor,
+        layers: tuple[AttentionState, ...],
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, tuple[AttentionState, ...]]:
         """x: [B, T, D], T >= 1; lengths: [B] on the CPU, the real rows of each (None: all). Returns
         the last hidden states [B, T, D] and the layers with T more keys."""
-        return self.run(x, layers, lengths)
+        return _run(base, x, layers, lengths)
 
 
 def _run(
@@ -66,6 +75,9 @@ def _run(
 ) -> tuple[Tensor, tuple[AttentionState, ...]]:
     past, slots = layers[0].position, layers[0].keys.shape[2]
     positions = torch.as_tensor(past).view(-1, 1) + torch.arange(x.shape[1])
+    if lengths is not None:  # pads stay within a table of positions
+        last = past + lengths - 1
+        positions = torch.minimum(positions, last.clamp(min=0)[:, None])
     mask = None
     if isinstance(past, torch.Tensor):
         mask = torch.arange(slots + x.shape[1]) >= slots - past[:, None]
@@ -128,7 +140,7 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
         self.base = AutoModel.from_config(config.base)
         start = partial(nn.init.normal_, std=getattr(config.base, "initializer_range", 0.02))
         self.memory = Weight(config.num_memory_tokens, config.hidden_size, start=start)
-        self.segment = Segment(self.base)
+        self.segment = Segment()
         self.norm = nn.Identity()  # the model inside has its own
         self._no_split_modules = list(self.base._no_split_modules or [])
         self.post_init()
@@ -185,7 +197,9 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
         m = memory.shape[1]
         rows = [x] if seen else [memory, x]
         ends = max(seen, m) + tokens == m + self.config.segment_length
-        y, layers = self.segment(torch.cat([*rows, memory] if ends else rows, 1), state.layers)
+        y, layers = self.segment(
+            self.base, torch.cat([*rows, memory] if ends else rows, 1), state.layers
+        )
         start = 0 if seen else m
         after = self._closed(y[:, -m:]) if ends else RMTState(layers, state.memory)
         return BlockOutput(y[:, start : start + tokens], after)
@@ -199,14 +213,14 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
         if bool(begins.any()):
             part = state.select(begins.nonzero().squeeze(1))
             part = self._closed(part.memory.to(x.dtype))
-            _, layers = self.segment(part.memory, part.layers)
+            _, layers = self.segment(self.base, part.memory, part.layers)
             state = _put(state, begins, replace(part, layers=layers))
-        y, layers = self.segment(x, state.layers, lengths)
+        y, layers = self.segment(self.base, x, state.layers, lengths)
         state = replace(state, layers=layers)
         ends = per_row(layers[0].position, batch) == m + self.config.segment_length
         if bool(ends.any()):
             part = state.select(ends.nonzero().squeeze(1))
-            written, _ = self.segment(part.memory.to(x.dtype), part.layers)
+            written, _ = self.segment(self.base, part.memory.to(x.dtype), part.layers)
             state = _put(state, ends, self._closed(written))
         return BlockOutput(y, state)
 
@@ -236,18 +250,21 @@ class RMTForCausalLM(StatefulCausalLM, RMTPreTrainedModel, GenerationMixin):
 
         fields: of `RMTConfig`. Raises ValueError for a model that cannot be wrapped.
         """
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in KINDS:
+            raise ValueError(f"{name} is a {kind}: {INSTEAD}")
         inner = AutoModelForCausalLM.from_pretrained(name)
-        model = cls(RMTConfig(base_config=inner.config, **fields)).to(inner.dtype)
-        ids = torch.arange(min(8, inner.config.vocab_size))[None]
+        model = cast_parameters(cls(RMTConfig(base_config=inner.config, **fields)), inner.dtype)
+        ids = torch.arange(min(8, inner.get_input_embeddings().num_embeddings))[None]
         head = inner.get_output_embeddings()
         with torch.no_grad():
             plain = inner.eval()(ids).logits
             hidden = inner.base_model(ids).last_hidden_state
             linear = isinstance(head, nn.Linear) and torch.allclose(hidden @ head.weight.T, plain)
-        if not linear:
+        if not linear or head.bias is not None:
             raise ValueError(
-                f"{name} ({inner.config.model_type}) does more than a linear map to get its logits: "
-                f"{INSTEAD}"
+                f"{name} ({inner.config.model_type}) gets its logits by more than a product with one "
+                "matrix, which is all that RMT's head does"
             )
         model.model.base.load_state_dict(inner.base_model.state_dict())
         model.lm_head.load_state_dict({"weight": head.weight})

@@ -19,6 +19,7 @@ from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
 Own = TypeVar("Own", bound=State)
+Module = TypeVar("Module", bound=nn.Module)
 FAINT = 1e-3  # of the full strength of writing: below it the price of `memory_write_cost` fades
 
 
@@ -34,6 +35,14 @@ class BlockOutput(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "BlockOutput":
         """With `function` applied to all that is [B, T, ...]."""
         return join_pieces([self], lambda parts: function(parts[0]))
+
+
+def cast_parameters(model: Module, dtype: torch.dtype) -> Module:
+    """The model with parameters of another type, in place. Its buffers stay as they are: rotary
+    frequencies are not to be rounded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def begin(
