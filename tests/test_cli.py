@@ -6,9 +6,12 @@ import re
 import signal
 
 import pytest
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from everlong.cli import main, parse_lengths, split_overrides
+from everlong.data import byte_tokenizer
+from everlong.models import model_config
 from everlong.training.progress import TrainingProgress
 
 
@@ -107,6 +110,8 @@ def test_a_loss_that_is_not_finite_is_one_line(tiny_recipe, tmp_path, capsys):
             ["eval", "MODEL", "--out", "OUT", "--tasks", "noodle"],
             "--tasks takes one of needle, babi, got 'noodle'",
         ),
+        (["eval", "MODEL", "--out", "OUT", "--tasks", "babi"], "names no stories: give --stories"),
+        (["eval", "MODEL", "--out", "OUT", "--passages", "-4"], "passages must be at least 0, got -4"),
         (["eval", "MODEL", "--out", "OUT", "--lengths", "1k,x"], "512,1k,2k, got 'x'"),
         (["eval", "MODEL", "--out", "OUT", "--lengths", "10"], "length 10 is too short"),
         (["generate", "/no/such", "--prompt", "a"], "holds no model"),
@@ -138,6 +143,30 @@ def test_a_prompt_beyond_an_attention_models_limit_is_refused(tiny_recipe, tmp_p
     assert main(["train", str(tiny_recipe()), "--output_dir", str(folder), limit]) == 0
     error = error_of(["generate", folder, "--prompt", "a" * 95, "--max_new_tokens", "9"], capsys)
     assert "are 104 tokens, but this model takes 100 at most" in error
+    arguments = ["eval", folder, "--lengths", "96,200", "--out", tmp_path / "out"]
+    assert "takes 100 tokens at most, asked are 200" in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("kind", ["lm2", "rmt", "mamba2", "gated_deltanet"])
+def test_models_with_a_memory_take_any_prompt(kind, tmp_path, capsys):
+    """Longer than the positions that a field of theirs may name."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = sizes | {"intermediate_size": 16, "max_position_embeddings": 64}
+    if kind == "mamba2":
+        fields = {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    if kind == "lm2":
+        fields |= {"segment_length": 32, "num_memory_slots": 4}
+    if kind == "rmt":
+        fields = {
+            "base_config": {"model_type": "llama", **fields},
+            "segment_length": 32,
+            "num_memory_tokens": 2,
+        }
+    model = AutoModelForCausalLM.from_config(model_config(kind, vocab_size=259, **fields))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "--prompt", "ab" * 50, "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out
 
 
 def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(

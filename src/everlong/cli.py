@@ -6,6 +6,7 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
+    evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi")
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
@@ -184,6 +186,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     task = options.tasks
     if task not in TASKS:
         raise ValueError(f"--tasks takes one of {', '.join(TASKS)}, got {task!r}")
+    if options.passages < 0:
+        raise ValueError(f"passages must be at least 0, got {options.passages}")
     lengths = parse_lengths(options.lengths)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
@@ -198,6 +202,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 task=task,
                 seed=options.seed,
                 source=options.source,
+                stories=options.stories,
                 passages=options.passages,
             )
         )
@@ -215,18 +220,20 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from transformers import TextStreamer, set_seed
 
-    from everlong.evaluation import load_model
+    from everlong.evaluation import load_model, longest_text
 
     prompt = _prompt(options)
     model, tokenizer = load_model(options.model)
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = ids["input_ids"].shape[1] + options.max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = longest_text(model)
     if limit is not None and length > limit:
         raise ValueError(
             f"prompt and new tokens are {length:,} tokens, but this model takes {limit:,} at most: "
             "shorten the prompt, or take a model with a memory"
         )
+    # Its cache has another name, which generate's reading in pieces does not know.
+    is_mamba = "cache_params" in inspect.signature(model.forward).parameters
     sampling = {}
     if options.temperature > 0:
         set_seed(options.seed)
@@ -240,7 +247,7 @@ def _generate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
         **sampling,
-        prefill_chunk_size=PREFILL_PIECE,
+        prefill_chunk_size=None if is_mamba else PREFILL_PIECE,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from everlong.data import NeedleConfig, byte_tokenizer
 from everlong.evaluation import NeedleScore, attention_reach, evaluate_needle
 from everlong.evaluation.needle import Share, _last_logits
-from everlong.models import Retrieval
+from everlong.models import Retrieval, model_config
 from everlong.training.recipe import build_model_config, load_recipe
 
 
@@ -89,6 +89,21 @@ def test_with_retrieval_a_short_reach_is_enough(config):
         assert abs(score.exact.hits - found) <= 6, question_tokens
 
 
+def test_what_is_looked_for_holds_no_answer(config):
+    asked = []
+
+    class Spy(Retrieval):
+        def shorten(self, prompt):
+            asked.append(bytes(prompt.tolist()))
+            return super().shorten(prompt)
+
+    evaluate_needle(Oracle(), config, [1000], 5, retrieval=Spy(byte_tokenizer(), 128, 2, 64))
+    data = config.datasets(5)[1]
+    for i, prompt in enumerate(asked):
+        whole = bytes(data.sample(i, 1000, depth=(i + 0.5) / 5)["input_ids"].tolist())
+        assert prompt == whole[:-5]
+
+
 def test_teacher_forcing_scores_as_greedy_decoding_does(config):
     """An oracle that is wrong on some keys, in the middle of them."""
     oracle = Oracle(wrong_at={(2, ord("7")), (2, ord("3")), (4, ord("1"))})
@@ -105,10 +120,15 @@ def test_teacher_forcing_scores_as_greedy_decoding_does(config):
     assert score.exact == Share(greedy, 40)
 
 
-@pytest.mark.parametrize("model", ["llama", "titans"])
-def test_reading_in_pieces_gives_the_logits_of_reading_at_once(tiny_recipe, model):
+@pytest.mark.parametrize("kind", ["llama", "titans", "mamba2", "gated_deltanet"])
+def test_reading_in_pieces_gives_the_logits_of_reading_at_once(tiny_recipe, kind):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build_model_config(load_recipe(tiny_recipe(model))))
+    if kind in ("llama", "titans"):
+        config = build_model_config(load_recipe(tiny_recipe(kind)))
+    else:
+        more = {"head_dim": 16} if kind == "mamba2" else {"num_attention_heads": 2}
+        config = model_config(kind, vocab_size=259, hidden_size=32, num_hidden_layers=2, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(256, (2, 200))
     with torch.inference_mode():
         whole = _last_logits(model, ids, 6, 4096, lambda tokens: None)

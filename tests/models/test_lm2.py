@@ -194,7 +194,20 @@ def test_half_precision(kind, tmp_path):
     model = make(kind)
     model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_close("bfloat16", half(text()).logits.float(), model(text()).logits, torch.bfloat16)
+    want = model(text(), labels=text(), use_cache=True)
+    out = half(text(), use_cache=True)
+    assert_close("bfloat16", out.logits.float(), want.logits, torch.bfloat16)
+    assert out.past_key_values.layers[0].state.bank.dtype == torch.float32
+    more = half(text(), past_key_values=out.past_key_values).logits
+    assert more.dtype == torch.bfloat16
+    assert more.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(text(), labels=text(), use_cache=True)
+        out.loss.backward()
+        model(text(), past_key_values=out.past_key_values)
+    assert_close("autocast", out.logits.float(), want.logits, torch.bfloat16)
+    assert out.past_key_values.layers[0].state.bank.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_presets_on_the_meta_device():

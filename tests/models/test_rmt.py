@@ -107,6 +107,14 @@ def test_a_half_precision_model_keeps_its_angles(dtype, tmp_path):
     model.eval().save_pretrained(tmp_path / "b")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    whole = model.float()
+    with torch.autocast("cpu", dtype):
+        out = whole(IDS, labels=IDS, use_cache=True)
+        out.loss.backward()
+        again = whole(IDS, past_key_values=out.past_key_values).logits
+    assert (out.logits - whole(IDS).logits).norm() < 0.1 * whole(IDS).logits.norm()
+    assert again.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in whole.parameters())
 
 
 @pytest.mark.parametrize("kind", CONFIGURATIONS)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from everlong.models import GatedDeltaNetForCausalLM, count_parameters, model_config
+from everlong.models.sizes import _nearest
 from everlong.training.recipe import build_model_config, load_recipe
 from numerics import assert_close
 
@@ -25,11 +26,23 @@ KINDS = {
 }
 
 
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+KINDS |= {
+    "gpt2": GPT2,
+    "rmt-gpt2": {
+        "base_config": {"model_type": "gpt2", **GPT2},
+        "num_memory_tokens": 2,
+        "segment_length": 8,
+    },
+}
+
+
 @pytest.mark.parametrize("parameters", [60_000, 90_000, 251_017])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_parameters_as_asked(kind, parameters):
-    outer = {n: v for n, v in SMALL.items() if kind != "rmt" or n != "num_hidden_layers"}
-    config = model_config(kind, parameters, **outer, **KINDS[kind])
+    inner = kind.startswith("rmt") or kind == "gpt2"
+    outer = {n: v for n, v in SMALL.items() if not inner or n != "num_hidden_layers"}
+    config = model_config(kind.split("-")[0], parameters, **outer, **KINDS[kind])
     model = AutoModelForCausalLM.from_config(config)
     assert model.num_parameters() == count_parameters(config)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)
@@ -39,12 +52,20 @@ def test_as_many_parameters_as_asked(kind, parameters):
 def test_a_budget_that_cannot_be_met():
     with pytest.raises(ValueError, match=r"even with the least intermediate_size .* more than 5,000"):
         model_config("llama", 5_000, **SMALL, **WIDE)
+    with pytest.raises(ValueError, match="intermediate_size does not decide"):
+        model_config("bloom", 60_000, **SMALL, **WIDE)
     with pytest.raises(ValueError, match="give either parameters or intermediate_size"):
         model_config("llama", 60_000, intermediate_size=8, **SMALL, **WIDE)
     with pytest.raises(ValueError, match="give either parameters or hidden_size"):
         model_config("mamba2", 60_000, hidden_size=8, **SMALL)
     with pytest.raises(ValueError, match=r"head_dim .7. must divide expand times hidden_size .64."):
         model_config("mamba2", hidden_size=32, head_dim=7, **SMALL)
+
+
+@pytest.mark.parametrize("wanted", [10_000, 10_040, 10_099])
+def test_the_nearest_number_is_taken(wanted):
+    best = min(range(200), key=lambda n: abs(500 + 100 * n - wanted))
+    assert _nearest(lambda n: 500 + 100 * n, wanted, "width") == best
 
 
 def test_a_recipe_says_how_many(tiny_recipe):
@@ -74,6 +95,7 @@ def test_gated_deltanet_goes_on_from_its_cache(deltanet, tmp_path):
             out = deltanet(piece, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
+            assert cache.get_seq_length() == sum(part.shape[1] for part in parts)
         assert_close(f"{sizes[:2]}", torch.cat(parts, 1), want, torch.float32)
     deltanet.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -43,6 +43,27 @@ def test_the_vocabulary_is_that_of_bytes(tiny_recipe):
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (259, 256, 258)
 
 
+RMT = """model: {type: rmt, num_memory_tokens: 2, segment_length: 32, base_config: {model_type: llama,
+  hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}}
+training: {max_steps: 1}
+"""
+
+
+def test_fields_of_a_model_inside_another(tmp_path):
+    path = tmp_path / "rmt.yaml"
+    path.write_text(RMT)
+    config = build_model_config(load_recipe(path, ["--model.base_config.hidden_size", "32"]))
+    assert (config.hidden_size, config.base.intermediate_size, config.vocab_size) == (32, 16, 259)
+    for override, message in [
+        ("hiden_size=3", "model.base_config.hiden_size: did you mean model.base_config.hidden_size?"),
+        ("vocab_size=100", "vocab_size must be at least 259.*got 100"),
+        ("model_type=lama", "unknown model.base_config.model_type 'lama': did you mean"),
+        ("model_type=bert", "a model of type 'bert' cannot be in base_config"),
+    ]:
+        with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+            load_recipe(path, [f"--model.base_config.{override}"])
+
+
 def test_a_whole_number_is_a_number(tiny_recipe):
     recipe = load_recipe(tiny_recipe(), ["--model.initializer_range", "1"])
     assert build_model_config(recipe).initializer_range == 1.0
@@ -63,6 +84,7 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--model.vocab_size=100", "vocab_size must be at least 259.*got 100"),
         ("--data.lenth=3", "data.lenth: did you mean data.length?"),
         ("--data.length=long", "data.length.*int.*long"),
+        ("--data.task=babi", "data.task decides what a recipe is"),
         ("--data.key_digits=0", "key_digits must be at least 1, got 0"),
         ("--sed=3", "unknown field sed: did you mean seed?"),
         ("--seed=few", "seed.*int.*few"),

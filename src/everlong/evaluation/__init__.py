@@ -1,6 +1,6 @@
 """Evaluation: long-context tasks for any causal language model of transformers, and reports."""
 
-from .folders import evaluate_needle_folder, load_model, name_apart
+from .folders import evaluate_needle_folder, load_model, longest_text, name_apart
 from .needle import NeedleScore, attention_reach, evaluate_needle
 from .report import (
     NeedleReport,
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_needle_folder",
     "length_name",
     "load_model",
+    "longest_text",
     "name_apart",
     "plot_needle",
     "print_needle_table",

@@ -55,6 +55,13 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens that a model takes at most; None where there is no such limit."""
+    if getattr(model, "_is_stateful", False):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def evaluate_needle_folder(
     folder: str | Path,
     lengths: Sequence[int],
@@ -63,21 +70,36 @@ def evaluate_needle_folder(
     task: str = "needle",
     seed: int = 0,
     source: str | None = None,
+    stories: str | None = None,
     passages: int = 0,
 ) -> NeedleReport:
     """Evaluate the model in a folder on a task ("needle", "babi"), with a progress bar on stderr.
 
     The task is as the model was trained on it, with one needle and held-out text, or the default one
     if its recipe has another task or none. source: another text, as for `load_text`.
+    stories: the folder of bAbI's files, for "babi", where the recipe names none.
     passages: if not 0, the model reads so many of the text's passages that fit the question best
     (`Retrieval`), and the report's name ends in " +RAG".
     """
     model, tokenizer = load_model(folder)
     if tokenizer("é")["input_ids"] != list("é".encode()):
         raise ValueError(f"{folder} has a tokenizer whose ids are not bytes: {task} is scored on bytes")
+    limit, longest = longest_text(model), max(lengths, default=0)
+    if limit is not None and not passages and longest > limit:
+        raise ValueError(
+            f"{folder} takes {limit:,} tokens at most, asked are {longest:,}: leave longer lengths "
+            "out, or read passages alone (--passages)"
+        )
     recipe = _recipe_of(Path(folder))
     data = recipe.get("data", {})
-    config = TASKS[task](**data if data.get("task", "needle") == task else {})
+    fields = dict(data) if data.get("task", "needle") == task else {}
+    if stories is not None:
+        fields["folder"] = stories
+    if task == "babi" and not fields.get("folder"):
+        raise ValueError(
+            f"the recipe of {folder} names no stories: give --stories FOLDER of bAbI's files"
+        )
+    config = TASKS[task](**fields)
     result = Path(folder, RESULT_FILE)
     name = recipe.get("name", "")
     if not Path(folder, RECIPE_FILE).is_file():  # a checkpoint of a run, or no run of everlong
@@ -95,8 +117,8 @@ def evaluate_needle_folder(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as bar:
-        longest = length_name(max(lengths, default=0))
-        done = bar.add_task(f"{name}, up to {longest} tokens", total=samples * sum(lengths))
+        text = f"{name}, up to {length_name(longest)} tokens"
+        done = bar.add_task(text, total=samples * sum(lengths))
         scores = evaluate_needle(
             model,
             replace(config.plain(), source=source or config.source),
@@ -111,7 +133,7 @@ def evaluate_needle_folder(
         name=name,
         scores=scores,
         seed=recipe.get("seed"),
-        training_length=config.length if recipe else None,
+        training_length=data.get("length", config.length) if recipe else None,
         about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
     )
 

@@ -94,13 +94,15 @@ class SlotBank(nn.Module):
         self.scale = _scale(hidden_size, initial_scale)
 
     def initial(self, like: Tensor) -> Tensor:
-        """The bank before the first segment, [1, R, D], in the type of `like`."""
+        """The bank before the first segment, [1, R, D], in float32 or better."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
         if self.slots is not None:
-            return self.slots().to(like.dtype).unsqueeze(0)
-        return torch.eye(*self.shape, dtype=like.dtype, device=like.device).unsqueeze(0)
+            return self.slots().to(dtype).unsqueeze(0)
+        return torch.eye(*self.shape, dtype=dtype, device=like.device).unsqueeze(0)
 
     def read(self, e: Tensor, bank: Tensor, trace: bool = False) -> tuple[Tensor, BankTrace | None]:
         """What each token of e [B, T, D] gets from bank [B, R, D]: [B, T, D]."""
+        bank = bank.to(e.dtype)
         q, k, v = (
             _heads(x, self.num_heads) for x in (self.q_proj(e), self.k_proj(bank), self.v_proj(bank))
         )
@@ -121,7 +123,7 @@ class SlotBank(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The bank [B, R, D] after a segment of these keys and values, and the input and the forget
         gate [B, R, D]; mask: [B, 1, 1, T], which of the keys there are."""
-        q = _heads(self.write_q_proj(bank), self.num_heads)
+        q = _heads(self.write_q_proj(bank.to(k.dtype)), self.num_heads)
         u = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         g_in, g_forget = torch.sigmoid(self.input_gate(u)), torch.sigmoid(self.forget_gate(u))
         return g_in * torch.tanh(u) + g_forget * bank, g_in, g_forget
@@ -196,7 +198,8 @@ class RowBank(nn.Module):
     ) -> tuple[Tensor, AttentionState, Tensor | None]:
         """Token i's attention over rows j <= i of its segment: [B, T, D], the state, the weights."""
         q, k, v = (
-            _heads(x, self.num_heads) for x in (self.q_proj(e), self.k_proj(rows), self.v_proj(rows))
+            _heads(x, self.num_heads)
+            for x in (self.q_proj(e), *(each(rows.to(e.dtype)) for each in (self.k_proj, self.v_proj)))
         )
         k, v = join_keys(state.keys, k), join_keys(state.values, v)
         mask = causal_mask(q, k.shape[2], state.position, None, plain=False)
@@ -242,7 +245,8 @@ class PositionBank(RowBank):
         found = None
         if weights is not None:
             found = BankTrace(weights, gate, g_in, g_forget, rows, new)
-        return PositionRead(_scaled(self.scale, gate * rows), new, PositionState(seen, None), found)
+        out = _scaled(self.scale, gate * rows.to(e.dtype))
+        return PositionRead(out, new, PositionState(seen, None), found)
 
 
 class ReleasedBank(RowBank):
@@ -283,13 +287,13 @@ class ReleasedBank(RowBank):
     ) -> PositionRead:
         """See the base class."""
         x, seen, weights = self._attend(e, rows, state.seen, lengths, trace)
-        z = self.attention_norm(rows + x)
+        z = self.attention_norm(rows.to(e.dtype) + x)
         z = self.mlp_norm(z + F.relu(self.mlp(F.relu(self.mlp(z)))))
         before = torch.as_tensor(state.seen.position).view(-1, 1)
         count = (before + 1 + torch.arange(e.shape[1])).to(e.device)[..., None]
         assert state.pooled is not None
         pooled = state.pooled[:, None] + F.relu(self.input_weight() * e).cumsum(1)
-        gates = self.input_proj(pooled / count) + self.memory_proj(torch.tanh(rows))
+        gates = self.input_proj(pooled / count) + self.memory_proj(torch.tanh(rows.to(e.dtype)))
         bias = self.gate_bias()
         g_in, g_forget = gates.chunk(2, -1)
         g_in = torch.sigmoid(g_in + bias[0])
@@ -303,7 +307,8 @@ class ReleasedBank(RowBank):
         taken = torch.as_tensor(e.shape[1] if lengths is None else lengths).expand(len(e))
         going_on = (torch.as_tensor(seen.position) > 0).to(e.device).view(-1, 1)
         last = sums[torch.arange(len(e), device=e.device), taken.to(e.device)].where(going_on, 0.0)
-        return PositionRead(_scaled(self.scale, new), new, PositionState(seen, last), found)
+        out = _scaled(self.scale, new.to(e.dtype))
+        return PositionRead(out, new, PositionState(seen, last), found)
 
 
 def _square(size: int) -> nn.Linear:

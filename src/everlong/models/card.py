@@ -11,13 +11,13 @@ pipeline_tag: text-generation
 tags:
 - everlong
 - {kind}
-- neural-memory
+- memory
 ---
 
 # {name}
 
-A {kind} language model of everlong: its memory learns while it
-reads, so its state has one size however long the text is. {parameters} parameters{layers}.
+A {kind} language model of everlong. {memory}, so its state has one size however long
+the text is. {parameters} parameters{layers}.
 
 ```python
 import everlong  # registers the model with transformers
@@ -40,6 +40,12 @@ What one call has read, the next can go on from: `past_key_values` of its output
 ```
 """
 
+MEMORIES = {
+    "titans": "Its memory learns while it reads",
+    "lm2": "It reads in segments and keeps a bank of slots from one to the next",
+    "rmt": "It reads in segments and hands itself a few rows from one to the next",
+}
+
 
 def write_card(folder: str | Path, config: PreTrainedConfig, parameters: int) -> None:
     """Write README.md into a saved model's folder, unless there is one."""
@@ -52,6 +58,7 @@ def write_card(folder: str | Path, config: PreTrainedConfig, parameters: int) ->
     path.write_text(
         CARD.format(
             kind=config.model_type,
+            memory=MEMORIES[config.model_type],
             name=Path(folder).resolve().name,
             parameters=f"{parameters:,}",
             layers=f"; layers: {', '.join(counts)}" if counts else "",

@@ -131,7 +131,8 @@ class LM2Layer(LlamaDecoderLayer):
         bank = None
         if self.holds_bank:  # as the paper starts it: slot r is row r of the identity
             slots, width = self.memory.num_slots, self.config.hidden_size
-            bank = torch.eye(slots, width, dtype=like.dtype, device=like.device).unsqueeze(0)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            bank = torch.eye(slots, width, dtype=dtype, device=like.device).unsqueeze(0)
         return LM2State(attention, None, self.memory.initial_state(like), bank)
 
     def begin(self, x: Tensor, state: Any, fresh: Tensor | None) -> LM2State:

@@ -2,7 +2,7 @@
 
 The models that a memory is judged against are those of `transformers`: `"llama"`, `"mistral"` (a
 Llama with a window, `sliding_window`), `"mamba2"`, `"gated_deltanet"`; beside `"titans"`, `"lm2"` and
-`"rmt"`, and any other causal language model whose MLP has an `intermediate_size`.
+`"rmt"`, and any other causal language model whose MLP's width is a field of its configuration.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+# The width of the MLP where it has another name.
+WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
 
 def model_config(kind: str, parameters: int | None = None, **fields: Any) -> PreTrainedConfig:
@@ -22,11 +25,20 @@ def model_config(kind: str, parameters: int | None = None, **fields: Any) -> Pre
     """
     if kind == "mamba2":
         return _mamba2(parameters, fields)
-    build = _builder(kind, fields)
+    inner = fields
+    if kind == "rmt":
+        given = fields.get("base_config") or {"model_type": "llama"}
+        inner = given if isinstance(given, dict) else given.to_dict()
+    name = WIDTHS.get(inner.get("model_type", kind), "intermediate_size")
+
+    def build(width: int | None) -> PreTrainedConfig:
+        chosen = inner if width is None else {**inner, name: width}
+        whole = {**fields, "base_config": chosen} if kind == "rmt" else chosen
+        return AutoConfig.for_model(kind, **whole)
+
     if parameters is None:
         return build(None)
-    name = "intermediate_size"
-    if name in (fields.get("base_config", {}) if kind == "rmt" else fields):
+    if name in inner:
         raise ValueError(f"give either parameters or {name}: parameters decides {name}")
     return build(_nearest(lambda n: count_parameters(build(n)), parameters, name))
 
@@ -35,17 +47,6 @@ def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the causal language model of a configuration, which is not built."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-def _builder(kind: str, fields: dict[str, Any]) -> Callable[[int | None], PreTrainedConfig]:
-    def build(width: int | None) -> PreTrainedConfig:
-        chosen = {} if width is None else {"intermediate_size": width}
-        if kind == "rmt":
-            inner = {"base_config": {**fields.get("base_config", {}), **chosen}}
-            return AutoConfig.for_model(kind, **{**fields, **inner})
-        return AutoConfig.for_model(kind, **{**fields, **chosen})
-
-    return build
 
 
 def _mamba2(parameters: int | None, fields: dict[str, Any]) -> PreTrainedConfig:
@@ -78,6 +79,10 @@ def _mamba2(parameters: int | None, fields: dict[str, Any]) -> PreTrainedConfig:
 def _nearest(count: Callable[[int], int], wanted: int, name: str) -> int:
     """The number whose count comes nearest to the wanted one; count grows with it."""
     low, high = 1, 2
+    if count(low) == count(high):
+        raise ValueError(
+            f"{name} does not decide how many parameters this model has: leave parameters out"
+        )
     if count(low) > wanted:
         raise ValueError(
             f"even with the least {name} the model has {count(low):,} parameters, more than "

@@ -117,19 +117,39 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
     for name, value in fields.items():  # 0 is a fine number for a field that may be 0.1
         if type(value) is int and types[name] in (float, float | None):
             fields[name] = float(value)
+    owner = fields  # of what every model has
+    if kind == "rmt":
+        owner = fields["base_config"] = _base_config(fields.get("base_config"))
     tokenizer = byte_tokenizer()
-    fields.setdefault("vocab_size", VOCAB_SIZE)
+    owner.setdefault("vocab_size", VOCAB_SIZE)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        fields.setdefault(token, getattr(tokenizer, token))
-    if fields["vocab_size"] < VOCAB_SIZE:
+        owner.setdefault(token, getattr(tokenizer, token))
+    if owner["vocab_size"] < VOCAB_SIZE:
         raise ValueError(
             f"model.vocab_size must be at least {VOCAB_SIZE} for tokens that are bytes, "
-            f"got {fields['vocab_size']}: leave it out"
+            f"got {owner['vocab_size']}: leave it out"
         )
     try:
         return model_config(kind, parameters, **fields)
     except Exception as error:  # transformers raises several kinds, all of them about the fields
         raise ValueError(f"model: {_one_line(error)}") from error
+
+
+def _base_config(given: Any) -> dict[str, Any]:
+    """The fields of the model inside an RMT, by their names."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    inner = {"model_type": "llama", **(given or {})}
+    kind = inner["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"unknown model.base_config.model_type {kind!r}{_nearest(str(kind), CONFIG_MAPPING.keys())}"
+        )
+    config_class = CONFIG_MAPPING[kind]
+    names = [each.name for each in dataclasses.fields(config_class) if each.init]
+    known = ["model_type", *names, *config_class.attribute_map]
+    check_names(inner, known, "model.base_config.")
+    return inner
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -203,7 +223,7 @@ def _check_file_names(path: Path) -> type[HaystackConfig]:
             raise ValueError(f"{path}: {part} must hold fields, got {values[part]!r}")
     data = values.get("data", {})
     task = data.get("task", "needle")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"unknown data.task {task!r}: known are {', '.join(TASKS)}")
     check_names(data, _names(TASKS[task]), "data.")
     if "model" not in values:
@@ -216,6 +236,8 @@ def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) 
         if option.startswith("--"):
             part, _, name = option[2:].split("=")[0].partition(".")
             check_names([part], _names(Recipe))
+            if part == "data" and name == "task":
+                raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
             if part == "data":
                 check_names([name], _names(task), "data.")
 
@@ -224,6 +246,7 @@ def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> 
     """The file's values and the overrides, typed."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+    inner, overrides = _inner_fields(overrides)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Recipe, skip={"data"})
@@ -233,7 +256,22 @@ def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> 
     except ArgumentError as error:
         raise ValueError(f"{path.name}: {_one_line(error)}") from error
     values.pop("config")
+    if inner:
+        values["model"]["base_config"] = {**(values["model"].get("base_config") or {}), **inner}
     return values
+
+
+def _inner_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Overrides of fields of model.base_config, and the other ones."""
+    prefix, fields, others = "--model.base_config.", {}, []
+    rest = iter(overrides)
+    for option in rest:
+        if option.startswith(prefix):
+            name, equals, value = option.removeprefix(prefix).partition("=")
+            fields[name] = yaml.safe_load(value if equals else next(rest, ""))
+        else:
+            others.append(option)
+    return fields, others
 
 
 def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
