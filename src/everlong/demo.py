@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers.trainer_utils import get_last_checkpoint
 
 from everlong.evaluation import (
     NeedleReport,
@@ -28,7 +27,7 @@ from everlong.evaluation import (
     write_results,
 )
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
-from everlong.training import Recipe, TrainingInterrupted, load_recipe, resume, train
+from everlong.training import Recipe, TrainingInterrupted, last_checkpoint, load_recipe, resume, train
 
 SCORES_FILE = "needle.json"
 OUT = Path("runs/demo")
@@ -135,7 +134,7 @@ def _train(run: _Run) -> None:
     """Train, resume, or leave as it is what is there of the same recipe."""
     if _holds(run) and (run.folder / RESULT_FILE).is_file():
         return
-    if _holds(run) and get_last_checkpoint(str(run.folder)):
+    if _holds(run) and last_checkpoint(run.folder):
         resume(run.folder)
     else:
         train(run.recipe, overwrite=True)

@@ -1,13 +1,25 @@
 import functools
 import json
+import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 
-from everlong.training import NonFiniteError, TrainingInterrupted, load_recipe, resume, train
+from everlong.training import (
+    NonFiniteError,
+    TrainingInterrupted,
+    last_checkpoint,
+    load_recipe,
+    resume,
+    train,
+)
 from everlong.training.progress import TrainingProgress
 from everlong.training.train import _FiniteGradients
 
@@ -118,7 +130,7 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_equals_a_run_without_it(
 
     # As if the cut run had logged beyond its checkpoint before it was killed.
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 6, "loss": 0.0, "seconds": 1.0}) + "\n")
+        file.write(json.dumps({"step": 6, "loss": 0.0, "seconds": 1.0}) + '\n{"step": 7, "lo')
     result = resume(tmp_path / "cut")
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -150,8 +162,85 @@ def test_resuming_nothing_is_refused(tiny_recipe, tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no recipe\.yaml"):
         resume(tmp_path)
     run(tiny_recipe(), tmp_path).save(tmp_path)
+    (tmp_path / "result.json").touch()
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         resume(tmp_path)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tiny_recipe, tmp_path):
+    run(tiny_recipe(), tmp_path).save(tmp_path)
+    assert resume(tmp_path)["steps"] == 6
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tiny_recipe, tmp_path):
+    path = tiny_recipe(max_steps=4, save_steps=2)
+    train(run(path, tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "run" / "unfinished" / "checkpoint-6").mkdir(parents=True)
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+    assert resume(tmp_path / "run")["steps"] == 4
+    assert not (tmp_path / "run" / "unfinished").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_recipe, tmp_path, monkeypatch):
+    folder, save = tmp_path / "run", Trainer._save_rng_state
+
+    def fail(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", fail)
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*No space.*checkpoint-2"):
+        train(run(tiny_recipe(max_steps=6, save_steps=2, save_total_limit=1), folder))
+    assert {path.name for path in folder.glob("*check*")} == {"checkpoint-2"}
+    assert not (folder / "unfinished").exists()
+    monkeypatch.undo()
+    assert resume(folder)["steps"] == 6
+    assert {path.name for path in folder.glob("*check*")} == {"checkpoint-6"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_weights(tiny_recipe, tmp_path):
+    """kill -9 at five random moments; what is lost is less than save_steps."""
+    path = tiny_recipe("titans", max_steps=60, save_steps=3, logging_steps=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "everlong", "train", *map(str, arguments)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start(path, "--output_dir", whole).wait() == 0
+    generator, killed_at = random.Random(0), []
+    process = start(path, "--output_dir", cut)
+    while len(killed_at) < 5:
+        before = step_of(cut)
+        while step_of(cut) < before + 1:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        killed_at.append(step_of(cut))
+        checkpoint = last_checkpoint(cut)
+        kept = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        assert killed_at[-1] - kept <= 4  # save_steps, and a step that was not saved yet
+        process = start("--resume", cut)
+    assert process.wait() == 0
+    assert len(set(killed_at)) > 2
+    want, got = weights(whole), weights(cut)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    losses = [[(line["step"], line["loss"]) for line in lines(folder)] for folder in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def step_of(folder):
+    """The last step that a run has logged."""
+    try:
+        return max((line["step"] for line in lines(folder)), default=0)
+    except (OSError, ValueError):  # not there yet, or a line half written
+        return 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_recipe, tmp_path):

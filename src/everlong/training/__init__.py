@@ -1,13 +1,14 @@
 """Training: a recipe becomes a `transformers.Trainer` run and a folder that loads as a model."""
 
 from .recipe import Recipe, known_recipes, load_recipe
-from .train import NonFiniteError, TrainingInterrupted, resume, train
+from .train import NonFiniteError, TrainingInterrupted, last_checkpoint, resume, train
 
 __all__ = [
     "NonFiniteError",
     "Recipe",
     "TrainingInterrupted",
     "known_recipes",
+    "last_checkpoint",
     "load_recipe",
     "resume",
     "train",

@@ -114,4 +114,6 @@ class TrainingProgress(TrainerCallback):
     def _logged(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        # A killed run may have left half a line.
+        text = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        return [json.loads(line) for line in text.splitlines()]

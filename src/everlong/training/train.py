@@ -32,7 +32,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from everlong.data import HaystackDataset, byte_tokenizer
@@ -47,6 +48,7 @@ from .recipe import (
 )
 
 EVAL_SAMPLES = 64
+ASIDE = "unfinished"  # in a run folder: a checkpoint that is being written
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -73,18 +75,26 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continue the run in a folder from its last checkpoint; otherwise like `train`.
 
-    overrides: as for `load_recipe`, over the run's own recipe.
+    A run that was killed before its first one starts anew. overrides: as for `load_recipe`, over the
+    run's own recipe.
     """
     if not Path(folder, RECIPE_FILE).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {RECIPE_FILE}")
     recipe = load_recipe(Path(folder, RECIPE_FILE), overrides)
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None and Path(folder, RESULT_FILE).is_file():
         raise ValueError(
             f"{folder} holds no checkpoint to resume from: "
             "train it anew with --overwrite, with training.save_steps below training.max_steps"
         )
     return _run(replace(recipe, output_dir=str(folder)), checkpoint)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in a run folder; what is written last decides that it is whole."""
+    found = sort_checkpoints(str(folder))
+    whole = [path for path in found if Path(path, TRAINER_STATE_NAME).is_file()]
+    return whole[-1] if whole else None
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -170,7 +180,43 @@ def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class _Trainer(Trainer):
-    """The Trainer, but it stops at a loss that is not finite, and resumes with all weights or not."""
+    """The Trainer, but it stops at a loss that is not finite, resumes with all weights or not, and a
+    checkpoint that is there is whole."""
+
+    saving_in: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.saving_in is None else str(self.saving_in)
+
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(folder / name)
+        aside = folder / ASIDE
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.saving_in = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(
+                f"checkpoint-{step} could not be written ({error}); {_last_checkpoint(folder)}"
+            ) from error
+        finally:
+            self.saving_in = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (aside / name).rename(folder / name)
+            aside.rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
@@ -230,7 +276,7 @@ def _interrupted(folder: Path) -> str:
 
 
 def _last_checkpoint(folder: str | Path) -> str:
-    checkpoint = get_last_checkpoint(str(folder))
+    checkpoint = last_checkpoint(folder)
     return f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
 
 
