@@ -147,6 +147,20 @@ def test_a_prompt_beyond_an_attention_models_limit_is_refused(tiny_recipe, tmp_p
     assert "takes 100 tokens at most, asked are 200" in error_of(arguments, capsys)
 
 
+def test_a_model_is_evaluated_on_a_task_that_it_was_not_trained_on(model, tmp_path, capsys):
+    """The length marked in the report is that of its training, not of the other task."""
+    story = "1 Mary moved to the bathroom.\n2 Where is Mary? \tbathroom\t1\n"
+    (tmp_path / "qa1_single_train.txt").write_text(story)
+    (tmp_path / "qa1_single_test.txt").write_text(story)
+    out = tmp_path / "out"
+    arguments = ["--tasks", "babi", "--stories", str(tmp_path), "--samples", "2", "--out", str(out)]
+    assert main(["eval", str(model), "--lengths", "128,256", *arguments]) == 0
+    [report] = json.loads((out / "results.json").read_text())["models"]
+    assert report["training_length"] == 96
+    assert [score["length"] for score in report["scores"]] == [128, 256]
+    assert (out / "babi.png").is_file()
+
+
 @pytest.mark.parametrize("kind", ["lm2", "rmt", "mamba2", "gated_deltanet"])
 def test_models_with_a_memory_take_any_prompt(kind, tmp_path, capsys):
     """Longer than the positions that a field of theirs may name."""

@@ -103,6 +103,8 @@ def test_logits_to_keep(model):
     assert_close("last", model(ids, logits_to_keep=2).logits, want[:, -2:])
     picked = model(ids, logits_to_keep=torch.tensor([1, 4])).logits
     assert_close("picked", picked, want[:, [1, 4]])
+    with pytest.raises(ValueError, match="leave logits_to_keep at 0"):
+        model(ids, labels=ids, logits_to_keep=1)
 
 
 def test_tied_embeddings(tmp_path):

@@ -382,8 +382,10 @@ class StatefulCausalLM:
 
         In training, `memory_write_cost` of a configuration that has one adds its price to the loss.
         Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
-        many last positions get logits (0: all), or their indices.
+        many last positions get logits (0: all), or their indices; with labels it must be 0.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels ask for the logits of all tokens: leave logits_to_keep at 0")
         outputs = self.model(
             input_ids,
             attention_mask,
