@@ -12,6 +12,7 @@ from transformers.utils import logging
 from everlong.cli import main, parse_lengths, split_overrides
 from everlong.data import byte_tokenizer
 from everlong.models import model_config
+from everlong.training import load_recipe
 from everlong.training.progress import TrainingProgress
 
 
@@ -94,7 +95,9 @@ def test_ctrl_c_in_training_says_how_to_go_on(tiny_recipe, tmp_path, capsys, mon
 def test_a_loss_that_is_not_finite_is_one_line(tiny_recipe, tmp_path, capsys):
     path = tiny_recipe(learning_rate=1e38, lr_scheduler_type="constant")
     assert main(["train", str(path), "--output_dir", str(tmp_path / "run")]) == 1
-    assert re.search(r"training stopped: the loss is \w+ at step 2", capsys.readouterr().err)
+    assert re.search(
+        r"training stopped: the loss is \w+, first of all .* at step 2", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,23 @@ def test_a_prompt_beyond_an_attention_models_limit_is_refused(tiny_recipe, tmp_p
     assert "are 104 tokens, but this model takes 100 at most" in error
     arguments = ["eval", folder, "--lengths", "96,200", "--out", tmp_path / "out"]
     assert "takes 100 tokens at most, asked are 200" in error_of(arguments, capsys)
+
+
+def test_a_recipe_says_what_the_trained_model_is_scored_on(tiny_recipe, tmp_path):
+    folder = tmp_path / "run"
+    asked = ["--evaluation.tasks=[needle]", "--evaluation.lengths=[96, 128]", "--evaluation.samples=2"]
+    assert main(["train", str(tiny_recipe()), "--output_dir", str(folder), *asked]) == 0
+    results = json.loads((folder / "evaluation" / "needle" / "results.json").read_text())
+    assert [score["length"] for score in results["models"][0]["scores"]] == [96, 128]
+
+
+def test_the_recipe_that_would_be_run_is_printed(tiny_recipe, tmp_path, capsys):
+    path = tiny_recipe()
+    assert main(["train", str(path), "--data.length=128", "--print_config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_recipe(printed).data == load_recipe(path, ["--data.length=128"]).data
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_is_evaluated_on_a_task_that_it_was_not_trained_on(model, tmp_path, capsys):

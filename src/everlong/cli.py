@@ -1,4 +1,4 @@
-"""The `everlong` command: train, eval, generate, demo.
+"""The `everlong` command: train, runs, eval, generate, demo.
 
 A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -11,11 +11,15 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from everlong import __version__
 
+if TYPE_CHECKING:
+    from everlong.training import Recipe
+
 TASKS = ("needle", "babi")
-TRAIN_OPTIONS = ("--help", "--resume", "--overwrite")
+TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
 
 
@@ -66,7 +70,26 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in the same folder"
     )
+    train.add_argument(
+        "--print_config", action="store_true", help="print the recipe as it would be run, and stop"
+    )
     train.set_defaults(run=_train)
+
+    runs = commands.add_parser(
+        "runs",
+        help="list and compare runs",
+        description="List runs, say what tells them apart, draw their losses.",
+    )
+    runs.add_argument(
+        "folders",
+        nargs="*",
+        default=["runs"],
+        metavar="FOLDER",
+        help="a run, or what holds some (runs)",
+    )
+    runs.add_argument("--compare", action="store_true", help="also the fields that differ")
+    runs.add_argument("--picture", metavar="FILE", help="draw their losses into one picture")
+    runs.set_defaults(run=_runs)
 
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
     evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder that training wrote")
@@ -158,6 +181,10 @@ def _train(options: argparse.Namespace) -> int:
 
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
+    if options.print_config:
+        recipe = options.recipe or Path(options.resume, "recipe.yaml")
+        print(load_recipe(recipe, options.overrides).to_yaml(), end="")
+        return 0
     if options.resume:
         result = resume(options.resume, options.overrides)
         folder = Path(options.resume)
@@ -170,6 +197,40 @@ def _train(options: argparse.Namespace) -> int:
         f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "
         f"The model is in {folder}"
     )
+    _score(folder, load_recipe(folder / "recipe.yaml"))
+    return 0
+
+
+def _score(folder: Path, recipe: Recipe) -> None:
+    """Score a trained model on what its recipe asks for."""
+    asked = recipe.evaluation
+    for task in asked.tasks:
+        _evaluate(
+            argparse.Namespace(
+                models=[str(folder)],
+                tasks=task,
+                lengths=",".join(map(str, asked.lengths)),
+                samples=asked.samples,
+                out=str(folder / "evaluation" / task),
+                seed=recipe.seed,
+                source=None,
+                stories=None,
+                passages=0,
+            )
+        )
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from everlong.training.runs import find_runs, plot_losses, print_differences, print_runs
+
+    runs = find_runs(options.folders)
+    print_runs(runs)
+    if options.compare:
+        print_differences(runs)
+    if options.picture:
+        if not plot_losses(Path(options.picture), runs):
+            raise ValueError("none of these runs has logged a loss yet: there is nothing to draw")
+        print(f"written: {options.picture}")
     return 0
 
 

@@ -1,9 +1,13 @@
 import dataclasses
 
 import pytest
+import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
+from everlong import TitansConfig
 from everlong.training.recipe import (
+    build_model,
     build_model_config,
     build_training_arguments,
     find_recipe,
@@ -64,6 +68,67 @@ def test_fields_of_a_model_inside_another(tmp_path):
             load_recipe(path, [f"--model.base_config.{override}"])
 
 
+def test_a_preset_is_the_published_model(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("{model: {preset: titans-mac-170m, chunk_size: 32}, training: {max_steps: 1}}")
+    config = build_model_config(load_recipe(path))
+    want = TitansConfig.from_preset("titans-mac-170m")
+    assert config.layer_types == want.layer_types
+    assert (config.hidden_size, config.vocab_size) == (want.hidden_size, 32000)
+    assert (config.chunk_size, config.eos_token_id) == (32, 258)  # the recipe's, the tokenizer's
+    for preset, message in [
+        ("titans-mac-7b", "unknown preset 'titans-mac-7b': use one of titans-lmm-170m"),
+        ("llama-1b", "there are presets of titans, lm2, none of llama"),
+        ("3", "model.type must be a model type"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path, [f"--model.preset={preset}"])
+
+
+def from_path(tmp_path, **fields):
+    recipe = tmp_path / "recipe.yaml"
+    model = {"path": str(tmp_path / "llama"), **fields}
+    recipe.write_text(yaml.safe_dump({"model": model, "training": {"max_steps": 1}}))
+    return load_recipe(recipe)
+
+
+@pytest.fixture
+def llama(tiny_recipe, tmp_path):
+    model = build_model(load_recipe(tiny_recipe()))
+    model.save_pretrained(tmp_path / "llama")
+    return model
+
+
+def test_a_model_at_a_path_goes_on(llama, tmp_path):
+    model = build_model(from_path(tmp_path, attention_dropout=0.5))
+    want = llama.state_dict()
+    assert all(torch.equal(each, want[name]) for name, each in model.state_dict().items())
+    assert model.config.attention_dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("lm2", {"num_memory_slots": 4}), ("rmt", {"num_memory_tokens": 2})]
+)
+def test_a_model_at_a_path_gets_a_memory(kind, fields, llama, tmp_path):
+    model = build_model(from_path(tmp_path, type=kind, segment_length=16, **fields))
+    assert model.config.model_type == kind
+    assert torch.equal(model.get_input_embeddings().weight, llama.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "nowhere/at-all"}, "model.path nowhere/at-all holds no model"),
+        ({"attention_drop": 0.5}, "model.attention_drop: did you mean model.attention_dropout"),
+        ({"type": "llama"}, "leave type out to go on.*one of lm2, rmt"),
+        ({"type": "lm2", "slots": 3}, "unknown field model.slots"),
+    ],
+)
+def test_a_model_at_a_path_that_cannot_be_had(fields, message, llama, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_path(tmp_path, **fields)
+
+
 def test_a_whole_number_is_a_number(tiny_recipe):
     recipe = load_recipe(tiny_recipe(), ["--model.initializer_range", "1"])
     assert build_model_config(recipe).initializer_range == 1.0
@@ -76,6 +141,11 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--training.max_steps=many", "max_steps.*int.*many"),
         ("--training.max_steps=0", "training.max_steps must be given and positive.*got 0"),
         ("--training.lr_scheduler_type=cosin", "cosin is not a valid.*cosine"),
+        ("--evaluation.task=[x]", "evaluation.task: did you mean evaluation.tasks?"),
+        ("--evaluation.tasks=[x]", "unknown evaluation.tasks 'x': known are needle, babi"),
+        ("--evaluation.samples=0", "evaluation.samples must be at least 1, got 0"),
+        ("--guards.max_memory=0", "guards.max_memory must be positive.*got 0.0 and 0"),
+        ("--guards.skip=1", "unknown field guards.skip"),
         ("--training.seed=1", "set seed at the top"),
         ("--model.hiden_size=3", "model.hiden_size: did you mean model.hidden_size?"),
         ("--model.hidden_size=wide", "hidden_size.*expected int, got str"),

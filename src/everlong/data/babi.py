@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .haystack import TEST_SEED, HaystackConfig, HaystackDataset, Sentence
-from .text import load_text, split
+from .text import fingerprint, load_text, split
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ class BabiConfig(HaystackConfig):
                 f"{self.max_facts} sentences to train on, or none to hold out: raise max_facts"
             )
         return parts[0], parts[1]
+
+    def fingerprint(self) -> str:
+        """A number of the text and the stories, in hexadecimal."""
+        files = [file for task in self.tasks for file in _files(self.folder, task, "train")]
+        files += [file for task in self.tasks for file in _files(self.folder, task, "test")]
+        return fingerprint([super().fingerprint().encode(), *(file.read_bytes() for file in files)])
 
     def datasets(
         self, num_samples: int, seed: int = 0, batch: int = 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .text import Document
+from .text import Document, fingerprint, load_text
 from .tokenizer import encode_bytes
 
 Own = TypeVar("Own", bound="HaystackConfig")
@@ -67,6 +67,10 @@ class HaystackConfig:
     ) -> tuple[HaystackDataset, HaystackDataset]:
         """The training and the held-out data set; they share no document."""
         raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A number of the text, in hexadecimal: another text has another one."""
+        return fingerprint(document.text for document in load_text(self.source))
 
     def plain(self: Own) -> Own:
         """The task to judge by: at one length, labels on answers alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ def load_text(source: str | Path) -> list[Document]:
             "give a text file, a folder with *.txt files, a glob pattern or package:NAME"
         )
     return documents
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """A number of some texts in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
 
 
 def split(

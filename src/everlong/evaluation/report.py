@@ -11,12 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import provenance
 
 from .needle import NeedleScore, Share
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "os^Dv*"
 TITLES = {
     "needle": "A pass key hidden in real text",
@@ -126,12 +125,7 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport], task: str = "needle
     """Whole answers right against length, a line for each model, with its 95% interval; for several
     seeds of a model the mean with the lowest and the highest. A dashed line marks the training
     length."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     _draw_axes(axes, _lengths(reports))
     axes.set_title(TITLES[task], loc="left")
     _draw_lines(axes, reports)
@@ -147,8 +141,7 @@ def plot_needle(path: Path, reports: Sequence[NeedleReport], task: str = "needle
             va="center",
             color="0.35",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_axes(axes: Any, lengths: list[int]) -> None:
@@ -159,8 +152,6 @@ def _draw_axes(axes: Any, lengths: list[int]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("whole answers right (%)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
 
 
 def _draw_lines(axes: Any, reports: Sequence[NeedleReport]) -> None:

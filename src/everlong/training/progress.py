@@ -68,7 +68,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an interrupted run logged behind its checkpoint, and start the clock."""
-        kept = [line for line in self._logged() if line["step"] <= state.global_step]
+        kept = [line for line in read_metrics(self.path.parent) if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
@@ -107,13 +107,21 @@ class TrainingProgress(TrainerCallback):
         self.bar.update(self.task, status=status)
         self.bar.console.print(f"step {state.global_step:6d}  {status}")
 
+    def skipped(self, step: int, reason: str) -> None:
+        """Note a step that was left out."""
+        self._write({"step": step, "skipped": reason})
+        self.bar.console.print(f"step {step:6d}  left out: {reason}")
+
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "seconds": self.seconds}) + "\n")
 
-    def _logged(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        # A killed run may have left half a line.
-        text = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-        return [json.loads(line) for line in text.splitlines()]
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl; none if it is not there."""
+    path = Path(folder, METRICS_FILE)
+    if not path.is_file():
+        return []
+    # A killed run may have left half a line.
+    text = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,9 +1,12 @@
 """Recipes: one YAML file an experiment, checked in full before any work.
 
-model:     `type` (a model type of transformers, such as titans), fields of its configuration, and
-           if wanted `parameters`, how many it shall have (`everlong.models.model_config`)
+model:     `type` (a model type of transformers, such as titans) or `preset` (titans-mag-340m), fields
+           of its configuration, and if wanted `parameters`, how many it shall have
+           (`everlong.models.model_config`). Or `path`, a model to go on from: a folder or hub id.
+           With `type: lm2` or `type: rmt` the model there gets that memory.
 data:      `task` (needle, or babi) and fields of its configuration, NeedleConfig or BabiConfig
 training:  fields of transformers.TrainingArguments
+evaluation, guards: see Evaluation and Guards
 seed, output_dir, name: see Recipe
 """
 
@@ -23,14 +26,61 @@ from everlong.data.tokenizer import VOCAB_SIZE
 from everlong.provenance import RECIPE_FILE
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+
+@dataclass
+class Evaluation:
+    """What a run measures besides its training loss.
+
+    held_out_samples: samples of held-out data behind each evaluation loss. `training.eval_steps` and
+        `training.eval_strategy: steps` ask for such losses.
+    tasks: what the trained model is scored on at the end, as by `everlong eval`, into the run
+        folder's `evaluation`; such as needle.
+    lengths: tokens of those tasks' texts. samples: texts of each length.
+    """
+
+    held_out_samples: int = 64
+    tasks: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    samples: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_samples", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"unknown evaluation.tasks {task!r}: known are {', '.join(TASKS)}")
+        if self.tasks and (not self.lengths or min(self.lengths) < 1):
+            raise ValueError(f"evaluation.lengths are token numbers, got {self.lengths}")
+
+
+@dataclass
+class Guards:
+    """What stops a run before it is spoilt.
+
+    max_memory: the largest entry that a memory may come to have.
+    skipped_steps: how many steps in a row may be left out, because their loss or gradient is not
+        finite, before the run stops; 0 stops it at the first.
+    """
+
+    max_memory: float = 1e4
+    skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_memory <= 0 or self.skipped_steps < 0:
+            raise ValueError(
+                "guards.max_memory must be positive and guards.skipped_steps at least 0, "
+                f"got {self.max_memory} and {self.skipped_steps}"
+            )
 
 
 @dataclass
 class Recipe:
     """An experiment.
 
-    model, data, training: as this module's docstring says.
+    model, data, training, evaluation, guards: as this module's docstring says.
     output_dir: the run folder; runs/NAME if not given.
     seed: of the initial weights and of the training samples.
     name: what reports call it; the file's name if not given.
@@ -39,14 +89,19 @@ class Recipe:
     model: dict[str, Any]
     data: HaystackConfig = field(default_factory=NeedleConfig)
     training: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    guards: Guards = field(default_factory=Guards)
     output_dir: str | None = None
     seed: int = 0
     name: str | None = None
 
+    def to_yaml(self) -> str:
+        """The recipe with all that its file leaves to defaults but the model's and Trainer's own."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
     def save(self, folder: str | Path) -> None:
         """Write the recipe to `folder`/recipe.yaml, whence `load_recipe` reads it back."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        Path(folder, RECIPE_FILE).write_text(text, encoding="utf-8")
+        Path(folder, RECIPE_FILE).write_text(self.to_yaml(), encoding="utf-8")
 
     @property
     def run_folder(self) -> Path:
@@ -87,8 +142,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     task = _check_file_names(path)
     _check_override_names(overrides, task)
     values = _parse(path, overrides, task)
-    data = task(**values.pop("data"))
-    loaded = Recipe(data=data, **{**values, "name": values["name"] or path.stem})
+    parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
+    loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
     build_model_config(loaded)
     build_training_arguments(loaded)
     return loaded
@@ -103,20 +158,18 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
 
     from everlong.models import model_config
 
+    if "path" in recipe.model:
+        return _config_at(recipe)
     fields = {**recipe.model}
-    kind = fields.pop("type", None)
+    preset = fields.pop("preset", None)
+    kind = fields.pop("type", None if preset is None else str(preset).split("-")[0])
     if kind not in CONFIG_MAPPING:
         raise ValueError(
             f"model.type must be a model type of transformers, got {kind!r}"
             f"{_nearest(str(kind), CONFIG_MAPPING.keys())}"
         )
-    config_class = CONFIG_MAPPING[kind]
-    types = {each.name: each.type for each in dataclasses.fields(config_class) if each.init}
     parameters = fields.pop("parameters", None)
-    check_names(fields, [*types, "parameters"], "model.")
-    for name, value in fields.items():  # 0 is a fine number for a field that may be 0.1
-        if type(value) is int and types[name] in (float, float | None):
-            fields[name] = float(value)
+    fields = {**_preset_fields(kind, preset), **_config_fields(kind, fields)}
     owner = fields  # of what every model has
     if kind == "rmt":
         owner = fields["base_config"] = _base_config(fields.get("base_config"))
@@ -133,6 +186,88 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
         return model_config(kind, parameters, **fields)
     except Exception as error:  # transformers raises several kinds, all of them about the fields
         raise ValueError(f"model: {_one_line(error)}") from error
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model, with fresh weights, or with those at `model.path`."""
+    from transformers import AutoModelForCausalLM
+
+    if "path" not in recipe.model:
+        return AutoModelForCausalLM.from_config(build_model_config(recipe))
+    fields = {**recipe.model}
+    path, kind = fields.pop("path"), fields.pop("type", None)
+    try:
+        if kind is not None:
+            return _WRAPPED[kind](path, fields)
+        return AutoModelForCausalLM.from_pretrained(path, config=build_model_config(recipe))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"model.path {path} cannot be loaded: {_one_line(error)}") from error
+
+
+def _lm2_from(path: str, fields: dict[str, Any]) -> PreTrainedModel:
+    from everlong.models import LM2ForCausalLM
+
+    return LM2ForCausalLM.from_llama(path, **fields)
+
+
+def _rmt_from(path: str, fields: dict[str, Any]) -> PreTrainedModel:
+    from everlong.models import RMTForCausalLM
+
+    return RMTForCausalLM.from_causal_lm(path, **fields)
+
+
+_WRAPPED = {"lm2": _lm2_from, "rmt": _rmt_from}  # memories that a model at a path can be given
+
+
+def _config_at(recipe: Recipe) -> PretrainedConfig:
+    """The configuration of the model at `model.path`, with the recipe's fields."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = {**recipe.model}
+    path, kind = fields.pop("path"), fields.pop("type", None)
+    try:
+        found = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path {path} holds no model: {_one_line(error)}") from error
+    if kind is None:
+        fields = _config_fields(found.model_type, fields)
+        return AutoConfig.from_pretrained(path, **fields)
+    if kind not in _WRAPPED:
+        raise ValueError(
+            f"model.type {kind!r} with model.path: leave type out to go on from the model there, or "
+            f"name the memory it shall get, one of {', '.join(_WRAPPED)}"
+        )
+    types = [each.name for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init]
+    check_names(fields, types, "model.")
+    return found
+
+
+def _config_fields(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model type's configuration, checked by name; 0 is a fine number for one that
+    may be 0.1."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    types = {each.name: each.type for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init}
+    check_names(fields, [*types, "parameters"], "model.")
+    numbers = (float, float | None)
+    return {
+        name: float(value) if type(value) is int and types[name] in numbers else value
+        for name, value in fields.items()
+    }
+
+
+def _preset_fields(kind: str, preset: str | None) -> dict[str, Any]:
+    """What a preset sets but its special tokens: those are the tokenizer's."""
+    from everlong.models.presets import lm2_preset_fields, preset_fields
+
+    if preset is None:
+        return {}
+    known = {"titans": preset_fields, "lm2": lm2_preset_fields}
+    if kind not in known:
+        raise ValueError(f"model.preset: there are presets of {', '.join(known)}, none of {kind}")
+    fields = known[kind](preset)
+    return {name: value for name, value in fields.items() if not name.endswith("_token_id")}
 
 
 def _base_config(given: Any) -> dict[str, Any]:
@@ -205,6 +340,9 @@ def _nearest(name: str, valid: Collection[str], prefix: str = "") -> str:
     return f": valid are {', '.join(sorted(valid))}" if len(valid) < 40 else ""
 
 
+_PARTS = {"evaluation": Evaluation, "guards": Guards}
+
+
 def _names(config: type) -> list[str]:
     return [each.name for each in dataclasses.fields(config)]
 
@@ -218,7 +356,7 @@ def _check_file_names(path: Path) -> type[HaystackConfig]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_names(Recipe))}")
     check_names(values, _names(Recipe))
-    for part in ("model", "data", "training"):
+    for part in ("model", "data", "training", *_PARTS):
         if not isinstance(values.get(part, {}), dict):
             raise ValueError(f"{path}: {part} must hold fields, got {values[part]!r}")
     data = values.get("data", {})
@@ -226,6 +364,8 @@ def _check_file_names(path: Path) -> type[HaystackConfig]:
     if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"unknown data.task {task!r}: known are {', '.join(TASKS)}")
     check_names(data, _names(TASKS[task]), "data.")
+    for part, kind in _PARTS.items():
+        check_names(values.get(part, {}), _names(kind), f"{part}.")
     if "model" not in values:
         raise ValueError(f"{path} has no model: add `model:` with a `type:` and its fields")
     return TASKS[task]
@@ -238,8 +378,8 @@ def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) 
             check_names([part], _names(Recipe))
             if part == "data" and name == "task":
                 raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
-            if part == "data":
-                check_names([name], _names(task), "data.")
+            if part in ("data", *_PARTS):
+                check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
 
 
 def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Training by `transformers.Trainer`.
 
-A run folder holds recipe.yaml (resolved), provenance.json, metrics.jsonl (a line for each log),
-checkpoint-STEP folders, and when training is done the model, the tokenizer and result.json.
+A run folder holds recipe.yaml (resolved), provenance.json (versions, machine, fingerprint of the data),
+metrics.jsonl (a line for each log), tensorboard logs, checkpoint-STEP folders, loss.png, and when
+training is done the model, the tokenizer and result.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch.utils.data import Subset
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -32,31 +32,25 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from everlong.data import HaystackDataset, byte_tokenizer
+from everlong.data import byte_tokenizer
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
+from .changes import PROVENANCE_FILE, check_changes, identity
+from .checkpoint import describe_last, last_checkpoint
+from .guards import Watch
 from .progress import TrainingProgress
-from .recipe import (
-    Recipe,
-    build_model_config,
-    build_training_arguments,
-    load_recipe,
-)
+from .recipe import Recipe, build_model, build_training_arguments, load_recipe
+from .runs import PICTURE_FILE, Run, plot_losses
 
-EVAL_SAMPLES = 64
 ASIDE = "unfinished"  # in a run folder: a checkpoint that is being written
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C; the message says where the last checkpoint is."""
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is not finite; the message says where and what is left."""
 
 
 def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
@@ -90,13 +84,6 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a run folder; what is written last decides that it is whole."""
-    found = sort_checkpoints(str(folder))
-    whole = [path for path in found if Path(path, TRAINER_STATE_NAME).is_file()]
-    return whole[-1] if whole else None
-
-
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that training may not empty."""
     if folder.exists() and not folder.is_dir():
@@ -115,34 +102,43 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
-    train_data, test_data = _datasets(recipe, arguments)
+    batch = _samples_per_step(arguments)
+    about = identity(recipe, batch)
+    changes = check_changes(recipe.run_folder, about) if checkpoint else []
+    train_data, test_data = recipe.data.datasets(arguments.max_steps * batch, recipe.seed, batch)
     set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(build_model_config(recipe))
+    model = build_model(recipe)
     folder = recipe.run_folder
     if checkpoint is None and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder)
-    _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
+    _write_json(folder / PROVENANCE_FILE, {"seed": recipe.seed, **provenance(), **about})
 
     progress = TrainingProgress(folder, recipe.data.length_at)
     interrupt = _Interrupt()
-    trainer = _Trainer(
+    watch = Watch(recipe.guards, progress.skipped)
+    trainer = EverlongTrainer(
+        watch=watch,
         model=model,
         args=arguments,
         train_dataset=train_data,
-        eval_dataset=Subset(test_data, range(min(EVAL_SAMPLES, len(test_data)))),
+        eval_dataset=Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data)))),
         data_collator=_collate,
         processing_class=byte_tokenizer(),
-        callbacks=[progress, interrupt, _FiniteGradients()],
+        callbacks=[progress, interrupt, watch, _tensorboard(folder, checkpoint)],
     )
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
     with interrupt.caught(), progress:
+        for change in changes:
+            progress.bar.console.print(f"changed: {change}")
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             raise TrainingInterrupted(_interrupted(folder)) from None
+        finally:
+            plot_losses(folder / PICTURE_FILE, [Run(folder)])
     if interrupt.requested:
         raise TrainingInterrupted(_interrupted(folder))
     trainer.save_model()
@@ -167,23 +163,38 @@ def _write_result(
     return result
 
 
-def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[HaystackDataset, HaystackDataset]:
-    samples_per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
-    num_samples = arguments.max_steps * samples_per_step
-    return recipe.data.datasets(num_samples, recipe.seed, samples_per_step)
+def _tensorboard(folder: Path, checkpoint: str | None) -> TrainerCallback:
+    """Logs for TensorBoard; what a checkpoint's run logged behind it is dropped."""
+    from tensorboardX import SummaryWriter
+
+    step = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else None
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
+
+
+def _samples_per_step(arguments: TrainingArguments) -> int:
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
 
 
-class _Trainer(Trainer):
-    """The Trainer, but it stops at a loss that is not finite, resumes with all weights or not, and a
-    checkpoint that is there is whole."""
+class EverlongTrainer(Trainer):
+    """The Trainer, but it stops where `watch` says so, resumes with all weights or not, decays matrices
+    alone, and a checkpoint that is there is whole."""
 
     saving_in: Path | None = None
+
+    def __init__(self, *, watch: Watch, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.watch = watch
+
+    def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
+        """Names of the parameters that weight decay pulls at: matrices alone. The scales of the norms
+        inside a memory are one for each head, which makes a matrix of them in shape only."""
+        sizes = {name: each.ndim for name, each in model.named_parameters()}
+        names = Trainer.get_decay_parameter_names(self, model)
+        return [name for name in names if sizes[name] >= 2 and "_scale." not in name]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.saving_in is None else str(self.saving_in)
@@ -203,7 +214,7 @@ class _Trainer(Trainer):
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise OSError(
-                f"checkpoint-{step} could not be written ({error}); {_last_checkpoint(folder)}"
+                f"checkpoint-{step} could not be written ({error}); {describe_last(folder)}"
             ) from error
         finally:
             self.saving_in = None
@@ -239,45 +250,16 @@ class _Trainer(Trainer):
                 f"{' '.join(str(error).split())}"
             ) from error
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(_not_finite("the loss", loss.item(), self.args, self.state))
+    def training_step(
+        self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.watch.check_loss(loss, model, inputs, self)
         return loss
 
 
-class _FiniteGradients(TrainerCallback):
-    """Stops training before a gradient that is not finite reaches the weights."""
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any
-    ) -> None:
-        if args.fp16:
-            return  # the gradient scaler skips such steps itself
-        named = [(name, each.grad) for name, each in model.named_parameters()]
-        grads = [(name, grad) for name, grad in named if grad is not None]
-        norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
-        if not torch.isfinite(norm):
-            culprits = [name for name, grad in grads if not torch.isfinite(grad).all()]
-            what = f"the gradient of {culprits[0]}" if culprits else "the gradient's norm"
-            raise NonFiniteError(_not_finite(what, norm.item(), args, state))
-
-
-def _not_finite(what: str, value: float, arguments: Any, state: Any) -> str:
-    return (
-        f"{what} is {value} at step {state.global_step + 1}; "
-        f"{_last_checkpoint(arguments.output_dir)}. A lower training.learning_rate or "
-        "training.max_grad_norm, or more training.warmup_steps, may help"
-    )
-
-
 def _interrupted(folder: Path) -> str:
-    return f"stopped; {_last_checkpoint(folder)}. Continue with: everlong train --resume {folder}"
-
-
-def _last_checkpoint(folder: str | Path) -> str:
-    checkpoint = last_checkpoint(folder)
-    return f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+    return f"stopped; {describe_last(folder)}. Continue with: everlong train --resume {folder}"
 
 
 class _Interrupt(TrainerCallback):

@@ -1,0 +1,65 @@
+"""What changed between a run and its continuation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .recipe import Recipe
+
+PROVENANCE_FILE = "provenance.json"
+MISSING = "nothing"
+# Fields that may change within a run; any other would make another run of it.
+FREE = ("training.", "evaluation.", "guards.", "name", "output_dir")
+
+
+def identity(recipe: Recipe, samples_per_step: int) -> dict[str, Any]:
+    """What a run is, as JSON values: its recipe, its data's fingerprint, samples of a training step."""
+    return {
+        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "data_fingerprint": recipe.data.fingerprint(),
+        "samples_per_step": samples_per_step,
+    }
+
+
+def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
+    """The fields that differ from those a run folder's checkpoints were made with, in words.
+
+    Raises ValueError where one of them must not: a model, its data or its batches.
+    """
+    file = Path(folder, PROVENANCE_FILE)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "recipe" not in before:  # nothing is known of it
+        return []
+    old, new = flat_fields(before["recipe"]), flat_fields(now["recipe"])
+    old["samples of a training step"] = before["samples_per_step"]
+    new["samples of a training step"] = now["samples_per_step"]
+    changed = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
+    words = {
+        name: f"{name} ({old.get(name, MISSING)!r} before, {new.get(name, MISSING)!r} now)"
+        for name in changed
+    }
+    fixed = [words[name] for name in changed if not name.startswith(FREE)]
+    if before["data_fingerprint"] != now["data_fingerprint"] and not fixed:
+        source = now["recipe"]["data"].get("source")
+        fixed = [f"the text that data.source names ({source})"]
+    if fixed:
+        raise ValueError(
+            f"{folder} cannot be continued, since this changed: {'; '.join(fixed)}. "
+            "Undo that, or train anew in another --output_dir"
+        )
+    return list(words.values())
+
+
+def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            flat_fields(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat

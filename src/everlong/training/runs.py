@@ -1,0 +1,162 @@
+"""Run folders read back: a list of them, what tells them apart, a picture of their losses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from everlong.pictures import COLOURS, new_figure, save_figure
+from everlong.provenance import RECIPE_FILE, RESULT_FILE
+
+from .changes import flat_fields
+from .checkpoint import last_checkpoint
+from .progress import read_metrics
+
+PICTURE_FILE = "loss.png"
+SMOOTHED = 25  # about so many points of the drawn line stand for a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Its recipe, as it stands in the file."""
+        return yaml.safe_load((self.folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Its log."""
+        return read_metrics(self.folder)
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """What it came to; empty if it has not ended."""
+        file = self.folder / RESULT_FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def last(self, name: str) -> Any:
+        """The last value of a name in the log; None if there is none."""
+        return next((line[name] for line in reversed(self.metrics) if name in line), None)
+
+    @property
+    def state(self) -> str:
+        """How far it is."""
+        wanted = self.recipe.get("training", {}).get("max_steps", "?")
+        if self.result:
+            return f"done, {self.result['steps']:,} steps"
+        kept = last_checkpoint(self.folder)
+        where = f"kept {Path(kept).name.rpartition('-')[2]}" if kept else "no checkpoint"
+        return f"step {self.last('step') or 0:,} of {wanted:,}, {where}"
+
+
+def find_runs(places: Sequence[str | Path]) -> list[Run]:
+    """The runs that folders are, or hold at any depth, each once, in the order of their paths.
+
+    Raises ValueError for a place without a run.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        files = sorted(Path(place).rglob(RECIPE_FILE))
+        if not files:
+            raise ValueError(f"{place} holds no run: name run folders, or a folder with such in it")
+        found |= {file.parent.resolve(): Run(file.parent) for file in files}
+    return list(found.values())
+
+
+def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
+    """A table of runs, a line each."""
+    table = Table()
+    for name in ("run", "model"):
+        table.add_column(name)
+    for name in ("seed", "parameters", "tokens", "loss", "held-out", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for run in runs:
+        model = run.recipe.get("model", {})
+        parameters, tokens = run.result.get("parameters"), run.last("tokens")
+        speed = run.result.get("tokens_per_second") or run.last("tokens_per_second")
+        table.add_row(
+            str(run.folder),
+            str(model.get("preset") or model.get("type") or model.get("path")),
+            str(run.recipe.get("seed", "")),
+            f"{parameters:,}" if parameters else "",
+            f"{tokens:,}" if tokens else "",
+            _number(run.last("loss")),
+            _number(run.last("eval_loss")),
+            f"{speed:,.0f}" if speed else "",
+            run.state,
+        )
+    (console or Console()).print(table)
+
+
+def print_differences(runs: Sequence[Run], console: Console | None = None) -> None:
+    """The fields of the recipes that are not the same in all runs."""
+    fields = [flat_fields(run.recipe) for run in runs]
+    names = dict.fromkeys(name for each in fields for name in each)
+    table = Table("field", *(str(run.folder) for run in runs))
+    for name in names:
+        values = [str(each[name]) if name in each else "-" for each in fields]
+        if len(set(values)) > 1 and name not in ("name", "output_dir"):
+            table.add_row(name, *values)
+    console = console or Console()
+    console.print(table if table.row_count else "the recipes are the same")
+
+
+def plot_losses(path: Path, runs: Sequence[Run]) -> bool:
+    """The training loss of each run against its steps, smoothed over the faint line that was logged,
+    and the held-out loss as dots. Draws nothing, and returns False, where no run has logged a loss."""
+    runs = [run for run in runs if any("loss" in line for line in run.metrics)]
+    if not runs:
+        return False
+    figure, axes = new_figure()
+    for i, run in enumerate(runs):
+        colour = COLOURS[i % len(COLOURS)]
+        steps, losses = _values(run, "loss")
+        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
+        name = str(run.recipe.get("name") or run.folder)
+        axes.plot(steps, _smooth(losses), color=colour, linewidth=2, label=f"{name}, training")
+        steps, losses = _values(run, "eval_loss")
+        if steps:
+            dots = {"color": colour, "markeredgecolor": "white", "label": f"{name}, held-out"}
+            axes.plot(steps, losses, "o", **dots)
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+    return True
+
+
+def _values(run: Run, name: str) -> tuple[list[int], list[float]]:
+    """The steps at which a name was logged, and its values."""
+    lines = [line for line in run.metrics if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def _smooth(losses: list[float]) -> list[float]:
+    """An exponential mean, unbiased at its start, over about 1/SMOOTHED of the run."""
+    keep = 1 - 1 / max(len(losses) / SMOOTHED, 1)
+    smoothed, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

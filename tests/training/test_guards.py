@@ -1,0 +1,130 @@
+"""What stops a run, or makes it leave a step out."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from everlong.training import NonFiniteError, load_recipe, train
+from everlong.training.guards import Watch, first_not_finite
+from everlong.training.recipe import Guards, build_model
+from everlong.training.train import EverlongTrainer
+from subjects import SUBJECTS
+
+
+def run(path, folder, *overrides):
+    return load_recipe(path, ["--output_dir", str(folder), *overrides])
+
+
+def fail_at(monkeypatch, spoil, *steps):
+    """Spoil the model by `spoil(model, inputs)` before the forward pass of these steps, from 1."""
+    plain = EverlongTrainer.training_step
+
+    def step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step + 1 in steps:
+            inputs = spoil(model, inputs)
+        return plain(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EverlongTrainer, "training_step", step)
+
+
+def embed_nan(model, inputs):
+    x = model.get_input_embeddings()(inputs["input_ids"])
+    return {"labels": inputs["labels"], "inputs_embeds": x * torch.nan}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe, tmp_path, monkeypatch):
+    """With the step and the layer."""
+
+    def spoil(model, inputs):
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+        return inputs
+
+    fail_at(monkeypatch, spoil, 3)
+    message = r"loss is nan, first of all the output of model.layers.1.mlp.down_proj at step 3; .*-2\."
+    with pytest.raises(NonFiniteError, match=message):
+        train(run(tiny_recipe("titans", save_steps=1), tmp_path / "run"))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_memory_that_explodes_stops_the_run_with_its_layer(tiny_recipe, tmp_path, monkeypatch):
+    def spoil(model, inputs):
+        with torch.no_grad():
+            model.model.layers[0].mixer.memory.memory_init[0].weight[0, 0, 0] = 2e4
+        return inputs
+
+    fail_at(monkeypatch, spoil, 4)
+    path = tiny_recipe("titans", save_steps=1)
+    message = r"memory of layer 0 has an entry of .*e\+04, .* guards.max_memory \(1.*\) at step 4"
+    with pytest.raises(NonFiniteError, match=message):
+        train(run(path, tmp_path / "run"))
+    wide = ["--guards.max_memory=1e9"]
+    assert train(run(path, tmp_path / "wide", *wide))["steps"] == 6
+
+
+def test_steps_are_left_out_where_the_recipe_allows_it(tiny_recipe, tmp_path, monkeypatch):
+    """The weights are then those of a run without that step's gradient."""
+    fail_at(monkeypatch, embed_nan, 2, 3)
+    path = tiny_recipe("titans", logging_steps=1, save_steps=1, lr_scheduler_type="constant")
+    folder = tmp_path / "run"
+    train(run(path, folder, "--guards.skipped_steps=2", "--training.save_total_limit=6"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    left_out = [line for line in lines if "skipped" in line]
+    assert [line["step"] for line in left_out] == [2, 3]
+    assert "the gradient of model" in left_out[0]["skipped"]
+
+    def weights(step):
+        return AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}").state_dict()
+
+    first, third, fourth = weights(1), weights(3), weights(4)
+    assert all(torch.equal(first[name], third[name]) for name in first)
+    assert any(not torch.equal(third[name], fourth[name]) for name in first)
+    with pytest.raises(NonFiniteError, match="at step 3"):
+        train(run(path, tmp_path / "strict", "--guards.skipped_steps=1"))
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_reaches_the_weights(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
+    arguments = SimpleNamespace(fp16=False, output_dir=str(tmp_path))
+    state = SimpleNamespace(global_step=7)
+    watch = Watch(Guards(), None)
+    watch.on_pre_optimizer_step(arguments, state, None, model=model)
+    model[1].weight.grad[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"gradient of 1\.weight is nan at step 8; no checkp"):
+        watch.on_pre_optimizer_step(arguments, state, None, model=model)
+
+
+def test_a_sound_model_has_nothing_to_name():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert first_not_finite(model, {"input": torch.ones(2)}) is None
+    assert first_not_finite(model, {"input": torch.ones(2) * torch.nan}) == "0"
+
+
+@pytest.mark.parametrize("kind", [s.name for s in SUBJECTS if s.is_model and "rmt" not in s.name])
+def test_every_layer_with_a_memory_is_watched(kind):
+    [subject] = [each for each in SUBJECTS if each.name == kind]
+    model = subject.make()
+    watch = Watch(Guards(max_memory=1e-9), None)
+    watch.on_train_begin(None, None, None, model=model)
+    model(subject.inputs(2, 9))
+    assert sorted(watch._largest) == list(range(len(model.model.layers)))
+    assert "memory of layer 0 has an entry of" in watch._memory()
+    watch.on_train_end(None, None, None)
+    model(subject.inputs(2, 9))
+    assert watch._memory() is None
+
+
+def test_weight_decay_pulls_at_matrices_alone(tiny_recipe):
+    model = build_model(load_recipe(tiny_recipe("titans")))
+    decayed = EverlongTrainer.get_decay_parameter_names(None, model)
+    sizes = {name: each.ndim for name, each in model.named_parameters()}
+    others = {name for name in sizes if name not in decayed}
+    assert {sizes[name] for name in decayed} == {2, 3}  # initial memories have a matrix for each head
+    assert {name.rsplit(".")[-2] for name in others if sizes[name] > 1} == {"memory_scale"}
+    assert "model.layers.0.mixer.memory.memory_init.0.weight" in decayed
+    assert "model.layers.0.mixer.memory.theta_proj.bias" in others
