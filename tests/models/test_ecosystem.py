@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from everlong import NeuralMemoryState, TitansConfig, TitansForCausalLM
 from everlong.data import byte_tokenizer
 from everlong.models import MemoryCache
+from everlong.models.modeling_titans import TitansLayer
 from everlong.models.presets import PRESETS
 from numerics import assert_close
 from subjects import CHUNK, SEGMENT, VOCABULARY, lm2, rmt, titans
@@ -213,6 +214,22 @@ def test_gradient_checkpointing_changes_nothing(kind):
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name in grads[0]:
         assert_close(name, grads[1][name], grads[0][name], precision(kind))
+
+
+def test_gradient_checkpointing_holds_a_segment_at_a_time(monkeypatch):
+    read, plain = [], TitansLayer._read
+    monkeypatch.setattr(
+        TitansLayer, "_read", lambda self, x, *rest: (read.append(x.shape[1]), plain(self, x, *rest))[1]
+    )
+    model, ids = titans("lmm", "full_attention")().train(), text(2, 2 * SEGMENT + 3)
+    model(ids, labels=ids).loss.backward()
+    assert set(read) == {2 * SEGMENT + 3}
+    model.activation_checkpointing_enable()
+    read.clear()
+    model(ids, labels=ids).loss.backward()
+    # The first layer in pieces, forward, and once more for its inputs and its gradients.
+    assert read.count(SEGMENT) == 3 * 2
+    assert read.count(2 * SEGMENT + 3) == 2
 
 
 def test_reentrant_checkpointing_is_refused():

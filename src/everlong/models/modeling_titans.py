@@ -14,12 +14,17 @@ from everlong.models.stateful import (
     StatefulCausalLM,
     StatefulDecoder,
     StatefulPreTrained,
+    join_pieces,
 )
 from everlong.models.titans_blocks import BLOCKS
 
 
 class TitansLayer(GradientCheckpointingLayer):
-    """x + block(norm(x)), then x + MLP(norm(x))."""
+    """x + block(norm(x)), then x + MLP(norm(x)).
+
+    With gradient checkpointing a layer is computed again in the backward pass, and of that layer a
+    segment again: its activations are never there for more than one segment.
+    """
 
     def __init__(self, config: TitansConfig, layer_type: str) -> None:
         super().__init__()
@@ -27,6 +32,8 @@ class TitansLayer(GradientCheckpointingLayer):
         self.mixer = BLOCKS[layer_type](config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
+        # Keys of full attention would be kept once for each segment.
+        self.segment = None if layer_type == "full_attention" else config.segment_length
 
     def forward(
         self,
@@ -37,6 +44,27 @@ class TitansLayer(GradientCheckpointingLayer):
         trace: bool = False,
     ) -> BlockOutput:
         """x: [B, T, D]. As the block, whose output it gives with its own y."""
+        in_segments = self.gradient_checkpointing and self.training and self.segment
+        if not in_segments or x.shape[1] <= self.segment:
+            return self._read(x, state, lengths, fresh, trace)
+        pieces: list[BlockOutput] = []
+        for start in range(0, x.shape[1], self.segment):
+            piece = x[:, start : start + self.segment]
+            count = None if lengths is None else (lengths - start).clamp(0, piece.shape[1])
+            pieces.append(
+                self._gradient_checkpointing_func(self._read, piece, state, count, fresh, trace)
+            )
+            state, fresh = pieces[-1].state, None
+        return join_pieces(pieces)
+
+    def _read(
+        self,
+        x: Tensor,
+        state: Any,
+        lengths: Tensor | None,
+        fresh: Tensor | None,
+        trace: bool,
+    ) -> BlockOutput:
         output = self.mixer(self.input_norm(x), state, lengths, fresh, trace)
         x = x + output.y
         return output._replace(y=x + self.mlp(self.mlp_norm(x)))
