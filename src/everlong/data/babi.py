@@ -84,7 +84,7 @@ class BabiConfig(HaystackConfig):
         return parts[0], parts[1]
 
     def datasets(
-        self, num_samples: int, seed: int = 0, batch: int = 1
+        self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
     ) -> tuple[BabiDataset, BabiDataset]:
         """The training and the held-out data set; they share neither stories nor text."""
         train, test = split(load_text(self.source), fraction=self.held_out)
