@@ -6,6 +6,7 @@ the answer. The stories are read from the published files; nothing of them comes
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,11 @@ class BabiConfig(HaystackConfig):
                 f"{self.max_facts} sentences to train on, or none to hold out: raise max_facts"
             )
         return parts[0], parts[1]
+
+    def fingerprint(self) -> str:
+        """A hash of the text and the stories."""
+        known = f"{super().fingerprint()} {self.stories()!r}"
+        return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     def datasets(
         self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None

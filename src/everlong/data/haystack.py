@@ -48,6 +48,12 @@ class HaystackConfig(DataConfig):
         """Tokens of an answer, at most."""
         raise NotImplementedError
 
+    def datasets(
+        self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
+    ) -> tuple[HaystackDataset, HaystackDataset]:
+        """The training and the held-out data set; they share no document."""
+        raise NotImplementedError
+
     def fingerprint(self) -> str:
         """A hash of the text."""
         digest = hashlib.blake2b(digest_size=16)

@@ -2,7 +2,8 @@
 
 model:     `type` (a model type of transformers, such as titans), fields of its configuration, and
            if wanted `parameters`, how many it shall have (`everlong.models.model_config`)
-data:      `task` (needle, or babi) and fields of its configuration, NeedleConfig or BabiConfig
+data:      `task` (needle, babi or text) and fields of its configuration: NeedleConfig, BabiConfig or
+           TextConfig
 training:  fields of transformers.TrainingArguments
 seed, output_dir, name: see Recipe
 """
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from everlong.data import TASKS, HaystackConfig, NeedleConfig, byte_tokenizer
-from everlong.data.tokenizer import VOCAB_SIZE
+from everlong.data import TASKS, DataConfig, NeedleConfig
 from everlong.provenance import RECIPE_FILE
+
+from .fit import check_fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TrainingArguments
@@ -37,7 +39,7 @@ class Recipe:
     """
 
     model: dict[str, Any]
-    data: HaystackConfig = field(default_factory=NeedleConfig)
+    data: DataConfig = field(default_factory=NeedleConfig)
     training: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
     seed: int = 0
@@ -89,7 +91,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _parse(path, overrides, task)
     data = task(**values.pop("data"))
     loaded = Recipe(data=data, **{**values, "name": values["name"] or path.stem})
-    build_model_config(loaded)
+    check_fit(data, build_model_config(loaded))
     build_training_arguments(loaded)
     return loaded
 
@@ -97,7 +99,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_model_config(recipe: Recipe) -> PretrainedConfig:
     """The transformers configuration of the recipe's model.
 
-    The vocabulary and the special tokens are the byte tokenizer's unless the recipe names others.
+    The vocabulary and the special tokens are those of the recipe's tokenizer unless it names others.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -120,14 +122,14 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
     owner = fields  # of what every model has
     if kind == "rmt":
         owner = fields["base_config"] = _base_config(fields.get("base_config"))
-    tokenizer = byte_tokenizer()
-    owner.setdefault("vocab_size", VOCAB_SIZE)
+    tokenizer = recipe.data.build_tokenizer()
+    owner.setdefault("vocab_size", len(tokenizer))
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         owner.setdefault(token, getattr(tokenizer, token))
-    if owner["vocab_size"] < VOCAB_SIZE:
+    if owner["vocab_size"] < len(tokenizer):
         raise ValueError(
-            f"model.vocab_size must be at least {VOCAB_SIZE} for tokens that are bytes, "
-            f"got {owner['vocab_size']}: leave it out"
+            f"model.vocab_size must be at least {len(tokenizer)}, which is the vocabulary of the "
+            f"recipe's tokenizer, got {owner['vocab_size']}: leave it out"
         )
     try:
         return model_config(kind, parameters, **fields)
@@ -209,7 +211,7 @@ def _names(config: type) -> list[str]:
     return [each.name for each in dataclasses.fields(config)]
 
 
-def _check_file_names(path: Path) -> type[HaystackConfig]:
+def _check_file_names(path: Path) -> type[DataConfig]:
     """Refuse a file with names that no recipe has; the configuration of its task."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -231,7 +233,7 @@ def _check_file_names(path: Path) -> type[HaystackConfig]:
     return TASKS[task]
 
 
-def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) -> None:
+def _check_override_names(overrides: Sequence[str], task: type[DataConfig]) -> None:
     for option in overrides:
         if option.startswith("--"):
             part, _, name = option[2:].split("=")[0].partition(".")
@@ -242,7 +244,7 @@ def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) 
                 check_names([name], _names(task), "data.")
 
 
-def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> dict[str, Any]:
+def _parse(path: Path, overrides: Sequence[str], task: type[DataConfig]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 

@@ -36,9 +36,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from everlong.data import HaystackDataset, byte_tokenizer
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
+from .carry import MemoryTrainer
+from .fit import check_same_data
 from .progress import TrainingProgress
 from .recipe import (
     Recipe,
@@ -122,6 +123,7 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     if checkpoint is None and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    check_same_data(folder, recipe.data)
     recipe.save(folder)
     _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
 
@@ -133,11 +135,13 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         train_dataset=train_data,
         eval_dataset=Subset(test_data, range(min(EVAL_SAMPLES, len(test_data)))),
         data_collator=_collate,
-        processing_class=byte_tokenizer(),
+        processing_class=recipe.data.build_tokenizer(),
         callbacks=[progress, interrupt, _FiniteGradients()],
     )
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
+    if getattr(recipe.data, "layout", None) == "streams":
+        trainer.carry_memory()
     with interrupt.caught(), progress:
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -167,19 +171,21 @@ def _write_result(
     return result
 
 
-def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[HaystackDataset, HaystackDataset]:
-    samples_per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[Any, Any]:
+    # Batches go to the processes in turn.
+    at_once = arguments.train_batch_size * arguments.world_size
+    samples_per_step = at_once * arguments.gradient_accumulation_steps
     num_samples = arguments.max_steps * samples_per_step
-    return recipe.data.datasets(num_samples, recipe.seed, samples_per_step)
+    with arguments.main_process_first():  # the others find its text tokenised
+        return recipe.data.datasets(num_samples, recipe.seed, samples_per_step, at_once)
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+    names = [name for name in ("input_ids", "labels", "position_ids") if name in samples[0]]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-class _Trainer(Trainer):
+class _Trainer(MemoryTrainer):
     """The Trainer, but it stops at a loss that is not finite, resumes with all weights or not, and a
     checkpoint that is there is whole."""
 
