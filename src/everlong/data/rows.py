@@ -260,5 +260,5 @@ def too_short(what: str, tokens: int, length: int) -> str:
     """What to say of a text that does not fill one row."""
     return (
         f"{what} has {tokens:,} tokens, which do not fill one sample of length {length:,}: "
-        "take a shorter length, or more text"
+        "take a shorter length, or more text (for evaluation: a larger held_out)"
     )
