@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE of these texts, with <pad>, <bos> and <eos> as ids 0, 1 and 2.
 
     It has no unknown token: every byte has one of its own. vocab_size: at most, special tokens and
-    bytes included; a short text gives fewer. Raises ValueError if it is below 259.
+    bytes included; a short text gives fewer. Raises ValueError if it is below 259, or without a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -98,7 +98,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    seen = False
+
+    def noted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen = True
+            yield text
+
+    backend.train_from_iterator(noted(), trainer)
+    if not seen:
+        raise ValueError("the source holds no text: a tokenizer is trained on some")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
