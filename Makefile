@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check format test test-slow demo demo-full bench bench-decode clean
+.PHONY: help install check format test test-slow demo demo-full bench bench-decode bench-data clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench: $(BENCH) ## speed and memory beside the rivals; results go to benchmarks/
 
 bench-decode: $(DEV) ## time and memory of a token at position 1,000 and at 100,000
 	$(BIN)/python benchmarks/decode.py
+
+bench-data: $(DEV) ## speed and memory of tokenising and of the data set
+	$(BIN)/python benchmarks/data.py
 
 clean: ## remove .venv and what builds and tools left (runs/ stays)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ import re
 import signal
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from everlong.cli import main, parse_lengths, split_overrides
@@ -44,8 +44,8 @@ def error_of(arguments, capsys):
 def test_no_arguments_print_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    for command in ("train", "eval", "generate", "demo"):
-        assert re.search(rf"^ +{command} ", out, re.MULTILINE)
+    for command in ("train", "eval", "generate", "tokenizer", "demo"):
+        assert re.search(rf"^ +{command}\b", out, re.MULTILINE)
 
 
 def test_train_eval_and_generate(tiny_recipe, tmp_path, capsys):
@@ -70,6 +70,20 @@ def test_train_eval_and_generate(tiny_recipe, tmp_path, capsys):
 
     assert main(["generate", str(folder), "--prompt", "The king", "--max_new_tokens", "5"]) == 0
     assert capsys.readouterr().out.strip("\n")
+
+
+def test_a_tokenizer_is_trained_and_loads(text_folder, tmp_path, capsys):
+    arguments = ["tokenizer", "--source", text_folder, "--vocab_size", 270, "--out", tmp_path / "bpe"]
+    assert main([str(each) for each in arguments]) == 0
+    assert capsys.readouterr().out.startswith("270 tokens. The tokenizer is in ")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    ids = tokenizer("told often")["input_ids"]
+    assert tokenizer.decode(ids) == "told often"
+    assert len(ids) < len("told often")
+    assert "vocab_size must be at least 259" in error_of([*arguments, "--vocab_size", 9], capsys)
+    (tmp_path / "empty.txt").touch()
+    arguments = ["tokenizer", "--source", tmp_path / "empty.txt", "--out", tmp_path / "none"]
+    assert "holds no text" in error_of(arguments, capsys)
 
 
 def test_resume(tiny_recipe, tmp_path, capsys):

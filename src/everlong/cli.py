@@ -1,4 +1,4 @@
-"""The `everlong` command: train, runs, eval, generate, demo.
+"""The `everlong` command: train, runs, eval, generate, tokenizer, demo.
 
 A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -123,6 +123,29 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_p", type=float, default=1.0, help="sample from this share (1)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     generate.set_defaults(run=_generate)
+
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="train a tokenizer on a text",
+        description="Train a byte-level BPE with <pad>, <bos> and <eos>. A recipe names its folder as "
+        "data.tokenizer; AutoTokenizer loads it.",
+    )
+    tokenizer.add_argument(
+        "--source",
+        required=True,
+        action="append",
+        help="text: a file (text, JSONL, Parquet), a folder, a pattern, package:NAME or "
+        "hub:OWNER/NAME; may be given several times",
+    )
+    tokenizer.add_argument("--vocab_size", type=int, default=8192, help="at most (8192)")
+    tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
+    tokenizer.add_argument("--text_column", default="text", help="of JSONL, Parquet, the hub (text)")
+    tokenizer.add_argument("--subset", help="of a data set on the hub")
+    tokenizer.add_argument("--split", default="train", help="of a data set on the hub (train)")
+    tokenizer.add_argument(
+        "--max_bytes", type=int, default=200_000_000, help="read no more text (200,000,000)"
+    )
+    tokenizer.set_defaults(run=_tokenizer)
 
     demo = commands.add_parser(
         "demo",
@@ -324,6 +347,22 @@ def _prompt(options: argparse.Namespace) -> str:
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character to continue")
     return prompt
+
+
+def _tokenizer(options: argparse.Namespace) -> int:
+    from everlong.data import read_pieces, train_tokenizer
+
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
+    if options.max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {options.max_bytes}")
+    pieces = read_pieces(
+        options.source, options.text_column, options.subset, options.split, options.max_bytes
+    )
+    tokenizer = train_tokenizer((piece.text.decode() for piece in pieces), options.vocab_size)
+    tokenizer.save_pretrained(out)
+    print(f"{len(tokenizer):,} tokens. The tokenizer is in {out}: train with --data.tokenizer {out}")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

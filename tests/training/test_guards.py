@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from everlong.training import NonFiniteError, load_recipe, train
@@ -75,6 +76,7 @@ def test_steps_are_left_out_where_the_recipe_allows_it(tiny_recipe, tmp_path, mo
     left_out = [line for line in lines if "skipped" in line]
     assert [line["step"] for line in left_out] == [2, 3]
     assert "the gradient of model" in left_out[0]["skipped"]
+    assert [line["step"] for line in lines if 1 < line.get("loss", 0) < 6] == [1, 4, 5, 6]
 
     def weights(step):
         return AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}").state_dict()
@@ -84,6 +86,24 @@ def test_steps_are_left_out_where_the_recipe_allows_it(tiny_recipe, tmp_path, mo
     assert any(not torch.equal(third[name], fourth[name]) for name in first)
     with pytest.raises(NonFiniteError, match="at step 3"):
         train(run(path, tmp_path / "strict", "--guards.skipped_steps=1"))
+
+
+def test_a_memory_that_is_carried_starts_anew_where_a_step_is_left_out(
+    tiny_recipe, tmp_path, monkeypatch, text_folder
+):
+    def spoil(model, inputs):
+        x = embed_nan(model, inputs)
+        return {**x, "position_ids": inputs["position_ids"]}
+
+    fail_at(monkeypatch, spoil, 2)
+    recipe = yaml.safe_load(tiny_recipe("titans", logging_steps=1).read_text())
+    recipe["data"] |= {"task": "text", "layout": "streams", "cache_folder": str(tmp_path / "cache")}
+    path = tmp_path / "text.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    train(run(path, tmp_path / "run", "--guards.skipped_steps=1"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "skipped" in line] == [2]
+    assert [line["step"] for line in lines if 1 < line.get("loss", 0) < 6] == [1, 3, 4, 5, 6]
 
 
 def test_a_gradient_that_is_not_finite_is_named_before_it_reaches_the_weights(tmp_path):

@@ -1,22 +1,36 @@
-"""Data: byte-level tokens, texts from files and packages, and the tasks generated from them."""
+"""Data: tokens, texts from files, packages and the hub, and the tasks made from them."""
 
 from .babi import BabiConfig
+from .config import DataConfig
 from .haystack import HaystackConfig, HaystackDataset
+from .language import TextConfig
 from .needle import NeedleConfig
+from .reading import read_pieces
+from .rows import PackedDataset, StreamedDataset, StreamsDataset
 from .text import Document, load_text, split
-from .tokenizer import byte_tokenizer, encode_bytes
+from .tokenizer import byte_tokenizer, encode_bytes, load_tokenizer, train_tokenizer
 
-TASKS: dict[str, type[HaystackConfig]] = {"needle": NeedleConfig, "babi": BabiConfig}
+HAYSTACKS: dict[str, type[HaystackConfig]] = {"needle": NeedleConfig, "babi": BabiConfig}
+TASKS: dict[str, type[DataConfig]] = {**HAYSTACKS, "text": TextConfig}
 
 __all__ = [
+    "HAYSTACKS",
     "TASKS",
     "BabiConfig",
+    "DataConfig",
     "Document",
     "HaystackConfig",
     "HaystackDataset",
     "NeedleConfig",
+    "PackedDataset",
+    "StreamedDataset",
+    "StreamsDataset",
+    "TextConfig",
     "byte_tokenizer",
     "encode_bytes",
     "load_text",
+    "load_tokenizer",
+    "read_pieces",
     "split",
+    "train_tokenizer",
 ]

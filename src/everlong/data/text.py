@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ def load_text(source: str | Path) -> list[Document]:
     Raises FileNotFoundError where nothing is found, ValueError for a text that is not UTF-8 and for
     a source without any text.
     """
-    root, paths = _find(str(source))
+    root, paths = find_files(str(source))
     documents = [Document(path.relative_to(root).as_posix(), _read(path)) for path in sorted(paths)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
@@ -39,14 +38,6 @@ def load_text(source: str | Path) -> list[Document]:
             "give a text file, a folder with *.txt files, a glob pattern or package:NAME"
         )
     return documents
-
-
-def fingerprint(parts: Iterable[bytes]) -> str:
-    """A number of some texts in their order, in hexadecimal."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:32]
 
 
 def split(
@@ -71,8 +62,11 @@ def split(
     return train, [documents[i] for i in sorted(held_out)]
 
 
-def _find(source: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files."""
+def find_files(source: str, patterns: Iterable[str] = ("*.txt",)) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files of a source as for `load_text`.
+
+    patterns: of files that a folder is searched for. Raises FileNotFoundError.
+    """
     if source.startswith(PACKAGE):
         root = _package_folder(source.removeprefix(PACKAGE))
         return root, _files(root, ("*.txt", "*.md"))
@@ -83,7 +77,7 @@ def _find(source: str) -> tuple[Path, list[Path]]:
         return Path(Path(source).anchor), paths
     path = Path(source)
     if path.is_dir():
-        return path, _files(path, ("*.txt",))
+        return path, _files(path, patterns)
     if not path.is_file():
         raise FileNotFoundError(
             f"{source} does not exist: "

@@ -1,6 +1,6 @@
 """Bytes as tokens: 256 byte ids and three special ones; no vocabulary to train, no text it cannot
 hold. Corpora are mapped by numpy (a view, no copy); the tokenizer itself is for prompts and for
-`from_pretrained`."""
+`from_pretrained`. And other tokenizers: loaded, or trained on a text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from transformers import PreTrainedTokenizerFast
 
+BYTES = "bytes"  # what the byte tokenizer is called where a tokenizer is named
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 256 + 3
 
@@ -37,6 +40,75 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([PAD, BOS, EOS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The byte tokenizer for "bytes", else that of a folder or hub id, as `AutoTokenizer` loads it.
+
+    Raises ValueError for one that is not there, and for one that `tokenizers` does not run.
+    """
+    if name == BYTES:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a dozen kinds, from no network to a file that is no JSON
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"no tokenizer can be loaded from {name!r} ({reason}): give {BYTES!r}, a folder that "
+            "`everlong tokenizer` or save_pretrained wrote, or a hub id"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"the tokenizer {name} is slow: everlong takes those with a tokenizer.json")
+    backend.no_truncation()  # some are saved with the length of their model
+    backend.no_padding()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of these texts, with <pad>, <bos> and <eos> as ids 0, 1 and 2.
+
+    It has no unknown token: every byte has one of its own. vocab_size: at most, special tokens and
+    bytes included; a short text gives fewer. Raises ValueError if it is below 259, or without a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {VOCAB_SIZE}, for the bytes and three special tokens, "
+            f"got {vocab_size}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = False
+
+    def noted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen = True
+            yield text
+
+    backend.train_from_iterator(noted(), trainer)
+    if not seen:
+        raise ValueError("the source holds no text: a tokenizer is trained on some")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from everlong.data import TASKS
+from everlong.data import HAYSTACKS
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .needle import attention_reach, evaluate_needle
@@ -99,7 +99,7 @@ def evaluate_needle_folder(
         raise ValueError(
             f"the recipe of {folder} names no stories: give --stories FOLDER of bAbI's files"
         )
-    config = TASKS[task](**fields)
+    config = HAYSTACKS[task](**fields)
     result = Path(folder, RESULT_FILE)
     name = recipe.get("name", "")
     if not Path(folder, RECIPE_FILE).is_file():  # a checkpoint of a run, or no run of everlong

@@ -44,9 +44,10 @@ class TitansLayer(GradientCheckpointingLayer):
         trace: bool = False,
     ) -> BlockOutput:
         """x: [B, T, D]. As the block, whose output it gives with its own y."""
-        in_segments = self.gradient_checkpointing and self.training and self.segment
-        if not in_segments or x.shape[1] <= self.segment:
+        whole = self.segment is None or x.shape[1] <= self.segment
+        if whole or not (self.gradient_checkpointing and self.training):
             return self._read(x, state, lengths, fresh, trace)
+        assert self.segment is not None
         pieces: list[BlockOutput] = []
         for start in range(0, x.shape[1], self.segment):
             piece = x[:, start : start + self.segment]

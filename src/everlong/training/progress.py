@@ -47,6 +47,7 @@ class TrainingProgress(TrainerCallback):
         self._seconds_before = 0.0
         self._started: float | None = None
         self._last = (0.0, 0)
+        self._logged_at = self._left_out = 0  # steps, and those without a loss since then
 
     @property
     def seconds(self) -> float:
@@ -74,6 +75,7 @@ class TrainingProgress(TrainerCallback):
         self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
         self._started = time.perf_counter()
         self._last = (self.seconds, state.num_input_tokens_seen)
+        self._logged_at = state.global_step
         self.task = self.bar.add_task(
             "train", total=state.max_steps, completed=state.global_step, status=""
         )
@@ -86,6 +88,10 @@ class TrainingProgress(TrainerCallback):
             self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
             self.bar.console.print(f"step {state.global_step:6d}  eval loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
+            return
+        left_out, self._left_out = self._left_out, 0
+        steps, self._logged_at = state.global_step - self._logged_at, state.global_step
+        if left_out == steps:
             return
         seconds, tokens = self.seconds, state.num_input_tokens_seen
         speed = (tokens - self._last[1]) / max(seconds - self._last[0], 1e-9)
@@ -109,6 +115,7 @@ class TrainingProgress(TrainerCallback):
 
     def skipped(self, step: int, reason: str) -> None:
         """Note a step that was left out."""
+        self._left_out += 1
         self._write({"step": step, "skipped": reason})
         self.bar.console.print(f"step {step:6d}  left out: {reason}")
 

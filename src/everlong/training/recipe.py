@@ -4,7 +4,8 @@ model:     `type` (a model type of transformers, such as titans) or `preset` (ti
            of its configuration, and if wanted `parameters`, how many it shall have
            (`everlong.models.model_config`). Or `path`, a model to go on from: a folder or hub id.
            With `type: lm2` or `type: rmt` the model there gets that memory.
-data:      `task` (needle, or babi) and fields of its configuration, NeedleConfig or BabiConfig
+data:      `task` (needle, babi or text) and fields of its configuration: NeedleConfig, BabiConfig or
+           TextConfig
 training:  fields of transformers.TrainingArguments
 evaluation, guards: see Evaluation and Guards
 seed, output_dir, name: see Recipe
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from everlong.data import TASKS, HaystackConfig, NeedleConfig, byte_tokenizer
-from everlong.data.tokenizer import VOCAB_SIZE
+from everlong.data import HAYSTACKS, TASKS, DataConfig, NeedleConfig
 from everlong.provenance import RECIPE_FILE
+
+from .fit import check_fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -50,8 +52,9 @@ class Evaluation:
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
         for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"unknown evaluation.tasks {task!r}: known are {', '.join(TASKS)}")
+            if task not in HAYSTACKS:
+                known = ", ".join(HAYSTACKS)
+                raise ValueError(f"unknown evaluation.tasks {task!r}: known are {known}")
         if self.tasks and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"evaluation.lengths are token numbers, got {self.lengths}")
 
@@ -87,7 +90,7 @@ class Recipe:
     """
 
     model: dict[str, Any]
-    data: HaystackConfig = field(default_factory=NeedleConfig)
+    data: DataConfig = field(default_factory=NeedleConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     guards: Guards = field(default_factory=Guards)
@@ -144,7 +147,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _parse(path, overrides, task)
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
     loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
-    build_model_config(loaded)
+    config = build_model_config(loaded)
+    if loaded.model.get("type") not in _WRAPPED:  # these read all there is
+        check_fit(loaded.data, config)
     build_training_arguments(loaded)
     return loaded
 
@@ -152,7 +157,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_model_config(recipe: Recipe) -> PretrainedConfig:
     """The transformers configuration of the recipe's model.
 
-    The vocabulary and the special tokens are the byte tokenizer's unless the recipe names others.
+    The vocabulary and the special tokens are those of the recipe's tokenizer unless it names others.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -173,15 +178,11 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
     owner = fields  # of what every model has
     if kind == "rmt":
         owner = fields["base_config"] = _base_config(fields.get("base_config"))
-    tokenizer = byte_tokenizer()
-    owner.setdefault("vocab_size", VOCAB_SIZE)
+    tokenizer = recipe.data.build_tokenizer()
+    owner.setdefault("vocab_size", len(tokenizer))
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         owner.setdefault(token, getattr(tokenizer, token))
-    if owner["vocab_size"] < VOCAB_SIZE:
-        raise ValueError(
-            f"model.vocab_size must be at least {VOCAB_SIZE} for tokens that are bytes, "
-            f"got {owner['vocab_size']}: leave it out"
-        )
+    _check_vocabulary(owner["vocab_size"], len(tokenizer), "leave it out")
     try:
         return model_config(kind, parameters, **fields)
     except Exception as error:  # transformers raises several kinds, all of them about the fields
@@ -230,6 +231,8 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
         found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path {path} holds no model: {_one_line(error)}") from error
+    named = "name the tokenizer of that model as data.tokenizer"
+    _check_vocabulary(found.vocab_size, len(recipe.data.build_tokenizer()), named)
     if kind is None:
         fields = _config_fields(found.model_type, fields)
         return AutoConfig.from_pretrained(path, **fields)
@@ -241,6 +244,14 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     types = [each.name for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init]
     check_names(fields, types, "model.")
     return found
+
+
+def _check_vocabulary(size: int, tokens: int, advice: str) -> None:
+    if size < tokens:
+        raise ValueError(
+            f"model.vocab_size must be at least {tokens}, which is the vocabulary of the recipe's "
+            f"tokenizer, got {size}: {advice}"
+        )
 
 
 def _config_fields(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -305,8 +316,9 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 10,
-        # Everlong stops at a loss that is not finite; transformers would log the last good one.
-        "logging_nan_inf_filter": False,
+        # Everlong stops at a loss that is not finite; transformers would log the last good one. Where
+        # such steps are left out, so are their losses.
+        "logging_nan_inf_filter": recipe.guards.skipped_steps > 0,
         "save_total_limit": 2,
         # Samples come in the order of training steps: their lengths follow it.
         "train_sampling_strategy": "sequential",
@@ -347,7 +359,7 @@ def _names(config: type) -> list[str]:
     return [each.name for each in dataclasses.fields(config)]
 
 
-def _check_file_names(path: Path) -> type[HaystackConfig]:
+def _check_file_names(path: Path) -> type[DataConfig]:
     """Refuse a file with names that no recipe has; the configuration of its task."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -371,7 +383,7 @@ def _check_file_names(path: Path) -> type[HaystackConfig]:
     return TASKS[task]
 
 
-def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) -> None:
+def _check_override_names(overrides: Sequence[str], task: type[DataConfig]) -> None:
     for option in overrides:
         if option.startswith("--"):
             part, _, name = option[2:].split("=")[0].partition(".")
@@ -382,7 +394,7 @@ def _check_override_names(overrides: Sequence[str], task: type[HaystackConfig]) 
                 check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
 
 
-def _parse(path: Path, overrides: Sequence[str], task: type[HaystackConfig]) -> dict[str, Any]:
+def _parse(path: Path, overrides: Sequence[str], task: type[DataConfig]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 

@@ -36,9 +36,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from everlong.data import byte_tokenizer
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
+from .carry import MemoryTrainer
 from .changes import PROVENANCE_FILE, check_changes, identity
 from .checkpoint import describe_last, last_checkpoint
 from .guards import Watch
@@ -102,10 +102,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
-    batch = _samples_per_step(arguments)
-    about = identity(recipe, batch)
+    train_data, test_data = _datasets(recipe, arguments)
+    about = identity(recipe, _samples_per_step(arguments))
     changes = check_changes(recipe.run_folder, about) if checkpoint else []
-    train_data, test_data = recipe.data.datasets(arguments.max_steps * batch, recipe.seed, batch)
     set_seed(recipe.seed)
     model = build_model(recipe)
     folder = recipe.run_folder
@@ -125,11 +124,13 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         train_dataset=train_data,
         eval_dataset=Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data)))),
         data_collator=_collate,
-        processing_class=byte_tokenizer(),
+        processing_class=recipe.data.build_tokenizer(),
         callbacks=[progress, interrupt, watch, _tensorboard(folder, checkpoint)],
     )
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
+    if getattr(recipe.data, "layout", None) == "streams":
+        trainer.carry_memory()
     with interrupt.caught(), progress:
         for change in changes:
             progress.bar.console.print(f"changed: {change}")
@@ -175,11 +176,21 @@ def _samples_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
+def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[Any, Any]:
+    samples_per_step = _samples_per_step(arguments)
+    num_samples = arguments.max_steps * samples_per_step
+    # Batches go to the processes in turn.
+    at_once = arguments.train_batch_size * arguments.world_size
+    with arguments.main_process_first():  # the others find its text tokenised
+        return recipe.data.datasets(num_samples, recipe.seed, samples_per_step, at_once)
+
+
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+    names = [name for name in ("input_ids", "labels", "position_ids") if name in samples[0]]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-class EverlongTrainer(Trainer):
+class EverlongTrainer(MemoryTrainer):
     """The Trainer, but it stops where `watch` says so, resumes with all weights or not, decays matrices
     alone, and a checkpoint that is there is whole."""
 
@@ -255,6 +266,8 @@ class EverlongTrainer(Trainer):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.watch.check_loss(loss, model, inputs, self)
+        if self.memory is not None and not torch.isfinite(loss):
+            self.carry_memory()  # the step will be left out, and what it remembers is of no use
         return loss
 
 

@@ -1,0 +1,231 @@
+"""Documents of any size, as a stream of pieces: text files, JSONL, Parquet, packages, the hub.
+
+Nothing here holds more than a piece or a document of JSONL or Parquet at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .text import PACKAGE, find_files
+
+HUB = "hub:"
+JSONL = (".jsonl", ".jsonl.gz")
+PATTERNS = ("*.txt", "*.jsonl", "*.jsonl.gz", "*.parquet")
+PIECE = 2**20  # bytes: a longer text comes in pieces
+
+
+class Piece(NamedTuple):
+    """Some of a document's text, UTF-8; `starts` in its first piece."""
+
+    text: bytes
+    starts: bool
+
+
+def sources(source: str | Sequence[str]) -> list[str]:
+    """One source or several, as a list. Raises ValueError if there is none."""
+    listed = [source] if isinstance(source, str) else list(source)
+    if not listed or not all(listed):
+        raise ValueError("source is empty: give a file, a folder, a pattern, package:NAME or hub:NAME")
+    return listed
+
+
+def list_files(source: str) -> list[Path]:
+    """The files of a source that is not on the hub, in the order of their names.
+
+    Raises FileNotFoundError where nothing is found, ValueError for a folder or package without any
+    file that can be read.
+    """
+    patterns = ("*.txt", "*.md") if source.startswith(PACKAGE) else PATTERNS
+    files = sorted(find_files(source, patterns)[1])
+    if not files:
+        raise ValueError(
+            f"{source} holds no file {', '.join(patterns)}: give a text file, JSONL, Parquet, a folder "
+            "of them, a glob pattern, package:NAME or hub:OWNER/NAME"
+        )
+    return files
+
+
+def read_pieces(
+    source: str | Sequence[str],
+    column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    max_bytes: int | None = None,
+) -> Iterator[Piece]:
+    """The documents of the sources, one source behind the other, in pieces of about a megabyte.
+
+    A text file is a document; a row of JSONL or Parquet is one, its text in `column`. A document
+    without text is left out. subset, split: of data sets on the hub. max_bytes: read no more text than
+    that; the last document is cut.
+    Raises ValueError for what is no text, naming the file and the place.
+    """
+    left = max_bytes
+    for each in sources(source):
+        for piece in _read_source(each, column, subset, split):
+            if left is None:
+                yield piece
+                continue
+            text = _whole_letters(piece.text[:left])
+            if text:
+                yield Piece(text, piece.starts)
+            if len(text) < len(piece.text):
+                return
+            left -= len(text)
+
+
+def _read_source(source: str, column: str, subset: str | None, split: str) -> Iterator[Piece]:
+    if source.startswith(HUB):
+        yield from _read_hub(source.removeprefix(HUB), column, subset, split)
+        return
+    for path in list_files(source):
+        if path.name.endswith(JSONL):
+            yield from _cut_all(_jsonl_texts(path, column))
+        elif path.suffix == ".parquet":
+            yield from _cut_all(_parquet_texts(path, column))
+        else:
+            yield from _text_file(path)
+
+
+def _cut_all(texts: Iterable[str]) -> Iterator[Piece]:
+    """Documents that are at hand as a whole, in pieces."""
+    for text in texts:
+        rest, starts = text.encode(), True
+        if not rest.strip():
+            continue
+        while rest:
+            end = _cut(rest[:PIECE]) if len(rest) > PIECE else len(rest)
+            yield Piece(rest[:end], starts)
+            rest, starts = rest[end:], False
+
+
+def _text_file(path: Path) -> Iterator[Piece]:
+    """A text file is one document. Its pieces end where a paragraph does, if any does."""
+    place, rest, starts = 0, b"", True
+    with path.open("rb") as file:
+        while block := file.read(PIECE):
+            text = rest + block
+            end = _cut(text)
+            text, rest = text[:end], text[end:]
+            _check_text(path, text, place)
+            place += len(text)
+            if text.strip() or not starts:  # blanks before the first word are no document
+                yield Piece(text, starts)
+                starts = False
+    if rest:
+        _check_text(path, rest, place)
+        if rest.strip() or not starts:
+            yield Piece(rest, starts)
+
+
+def _cut(text: bytes) -> int:
+    """Where to cut a text: behind its last paragraph, else its last line, word or letter."""
+    for mark in (b"\n\n", b"\n", b" "):
+        end = text.rfind(mark) + len(mark)
+        if end >= max(len(text) // 2, len(mark) + 1):
+            return end
+    return len(_whole_letters(text)) or len(text)
+
+
+def _whole_letters(text: bytes) -> bytes:
+    """The text without a letter of UTF-8 that is cut at its end."""
+    for back in range(1, min(4, len(text)) + 1):
+        byte = text[-back]
+        if byte & 0xC0 != 0x80:  # the letter's first byte says how many it has
+            size = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return text if size <= back else text[:-back]
+    return text
+
+
+def _check_text(path: Path, text: bytes, place: int) -> None:
+    """Refuse bytes that are no text; `place`: of the first one in the file."""
+    if b"\0" in text:
+        raise ValueError(
+            f"{path} is no text: byte 0x00 at position {place + text.index(0)}. Take it out of the "
+            "source; texts may be *.txt, JSONL or Parquet"
+        )
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {place + error.start}. "
+            "Convert it first, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of a JSONL file, one a line; blank lines are passed over."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+                yield _text_of(row, column, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no gzip file: {error}") from None
+
+
+def _parquet_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of a Parquet file, a batch of rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise _no_column(column, file.schema_arrow.names, str(path))
+            rows = 0
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    rows += 1
+                    yield _text_of({column: text}, column, f"{path}, row {rows}")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file: {_one_line(error)}") from None
+
+
+def _read_hub(name: str, column: str, subset: str | None, split: str) -> Iterator[Piece]:
+    """A data set of the hub, or of a folder that `datasets` knows, streamed: nothing is stored."""
+    import datasets
+
+    path, _, revision = name.partition("@")
+    try:
+        rows = datasets.load_dataset(
+            path, subset, split=split, streaming=True, revision=revision or None
+        )
+    except Exception as error:  # a dozen kinds, from no network to no such split
+        raise ValueError(
+            f"hub:{name} cannot be read (subset {subset}, split {split}): {_one_line(error)}"
+        ) from error
+    yield from _cut_all(_text_of(row, column, f"hub:{name}") for row in rows)
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, dict) or column not in row:
+        raise _no_column(column, row if isinstance(row, dict) else [], where)
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: {column} holds {str(text)[:40]!r}, which is no text")
+    return text or ""
+
+
+def _no_column(column: str, there: Iterable[str], where: str) -> ValueError:
+    names = ", ".join(map(str, there))
+    return ValueError(
+        f"{where} has no column {column!r}"
+        f"{f': it has {names}; name the one with the text by text_column' if names else ''}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
