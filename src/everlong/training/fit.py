@@ -38,19 +38,19 @@ def check_fit(data: DataConfig, config: PretrainedConfig) -> None:
         )
 
 
-def check_same_data(folder: Path, data: DataConfig) -> None:
+def check_same_data(folder: Path, fingerprint: str) -> None:
     """Write down the fingerprint of a run's data, or compare it with the one written down.
 
     Raises ValueError if the data have changed since the run began.
     """
-    file, now = folder / DATA_FILE, data.fingerprint()
+    file = folder / DATA_FILE
     if not file.is_file():
         aside = file.with_name(f"{file.name}.{os.getpid()}")  # other processes write it too
-        aside.write_text(json.dumps({"fingerprint": now}) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
         aside.replace(file)
         return
     before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-    if before != now:
+    if before != fingerprint:
         raise ValueError(
             f"the data are not those that {folder} began with: bring the text back, train anew with "
             f"--overwrite, or delete {file} to go on with other text"

@@ -117,13 +117,14 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
     train_data, test_data = _datasets(recipe, arguments)
+    fingerprint = recipe.data.fingerprint()
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(build_model_config(recipe))
     folder = recipe.run_folder
     if checkpoint is None and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_data(folder, recipe.data)
+    check_same_data(folder, fingerprint)
     recipe.save(folder)
     _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
 
