@@ -1,4 +1,4 @@
-"""A tokenised corpus: one file of tokens, mapped into memory, and where each document begins.
+"""A tokenised corpus: one file of tokens, read where it is asked for, and where documents begin.
 
 Tokenised once. A corpus lies in a folder of its own, which is written aside and renamed, so that a
 corpus that is there is whole.
@@ -29,6 +29,26 @@ FORMAT = 1  # what lies in a corpus' folder; another number makes old ones unrea
 TOKENS, STARTS, ABOUT = "tokens.bin", "starts.bin", "about.json"
 
 
+class TokenFile:
+    """The tokens in a file, [N], read slice by slice.
+
+    Not a map: the pages of one stay resident as rows from everywhere are read, until all of the corpus
+    is, and a process that loads data would get a copy of it.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.size = path.stat().st_size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.size)
+        offset = start * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, count=max(stop - start, 0), offset=offset)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """tokens: [N], unsigned, on disk. starts: [documents + 1], where each begins, and N.
@@ -36,7 +56,7 @@ class Corpus:
     fingerprint: a hash of both. Documents follow one another; no special token stands between.
     """
 
-    tokens: np.ndarray
+    tokens: TokenFile
     starts: np.ndarray
     fingerprint: str
 
@@ -45,9 +65,9 @@ class Corpus:
         """The corpus in a folder, or None if there is none, or not all of it."""
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            tokens = np.memmap(folder / TOKENS, dtype=about["dtype"], mode="r")
-            starts = np.memmap(folder / STARTS, dtype=np.int64, mode="r")
-        except (OSError, ValueError, KeyError):
+            tokens = TokenFile(folder / TOKENS, about["dtype"])
+            starts = np.fromfile(folder / STARTS, np.int64)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         if len(starts) != about["documents"] + 1 or starts[-1] != len(tokens):
             return None

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .config import DataConfig
-from .corpus import Corpus, cache_home, cached_corpus, encode_pieces, token_bytes
+from .corpus import Corpus, TokenFile, cache_home, cached_corpus, encode_pieces, token_bytes
 from .haystack import TEST_SEED
 from .reading import HUB, Piece, list_files, read_pieces, sources
 from .rows import PackedDataset, RowsDataset, StreamedDataset, StreamsDataset, Text, too_short
@@ -271,16 +272,17 @@ def split_documents(
     return spans[~held_out], spans[held_out]
 
 
-def _paragraph(tokens: np.ndarray, start: int, tokenizer: PreTrainedTokenizerFast) -> int:
+def _paragraph(tokens: TokenFile, start: int, tokenizer: PreTrainedTokenizerFast) -> int:
     """The first token of a paragraph near `start`, else of a line; `start` if there is none near."""
     reach = min(len(tokens) // 20, 20_000)
     window = tokens[start - reach : start + reach].tolist()
     texts = {each: tokenizer.decode([each]) for each in set(window)}
     best = (2, 0, start)
     before = ""
-    for place, token in enumerate(window[:-1], start - reach + 1):
+    behind = pairwise(window)
+    for place, (token, following) in enumerate(behind, start - reach + 1):
         before = (before + texts[token])[-8:].replace("\r", "")
-        if before.endswith("\n") and not texts[int(tokens[place])].startswith(("\n", "\r")):
+        if before.endswith("\n") and not texts[following].startswith(("\n", "\r")):
             best = min(best, (not before.endswith("\n\n"), abs(place - start), place))
     return best[2]
 

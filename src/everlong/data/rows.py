@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .config import DataConfig
+from .corpus import TokenFile
 
 IGNORE = -100
 Item = dict[str, torch.Tensor]
@@ -23,11 +24,11 @@ Item = dict[str, torch.Tensor]
 class Text:
     """Documents one behind the other, without end: behind the last comes the first.
 
-    tokens: [N], on disk or not. spans: [documents, 2], where each begins and ends in there.
+    tokens: [N], an array or a file of them. spans: [documents, 2], where each begins and ends in there.
     eos: the token behind each document; None: none. len() counts it.
     """
 
-    def __init__(self, tokens: np.ndarray, spans: np.ndarray, eos: int | None) -> None:
+    def __init__(self, tokens: np.ndarray | TokenFile, spans: np.ndarray, eos: int | None) -> None:
         self.tokens, self.spans, self.eos = tokens, spans, eos
         self.ends = np.cumsum(spans[:, 1] - spans[:, 0] + (eos is not None))
 
