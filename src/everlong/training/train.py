@@ -1,7 +1,8 @@
 """Training by `transformers.Trainer`.
 
 A run folder holds recipe.yaml (resolved), provenance.json, metrics.jsonl (a line for each log),
-checkpoint-STEP folders, and when training is done the model, the tokenizer and result.json.
+checkpoint-STEP folders, and when training is done the model, the tokenizer and result.json. Of several
+processes (`torchrun`) the main one writes it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from everlong.data import HaystackDataset, byte_tokenizer
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
+from .processes import any_process, is_main, lost_processes, together
 from .progress import TrainingProgress
 from .recipe import (
     Recipe,
@@ -46,7 +48,9 @@ from .recipe import (
     build_training_arguments,
     load_recipe,
 )
+from .sharding import check_kind, save_whole_model, whole
 
+PROVENANCE_FILE = "provenance.json"
 EVAL_SAMPLES = 64
 ASIDE = "unfinished"  # in a run folder: a checkpoint that is being written
 
@@ -68,7 +72,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
     """
     folder = recipe.run_folder
-    _check_folder(folder, overwrite)
+    with together():
+        _check_folder(folder, overwrite)
     return _run(replace(recipe, output_dir=str(folder)), checkpoint=None)
 
 
@@ -112,20 +117,28 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
+@lost_processes()
 def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
-    train_data, test_data = _datasets(recipe, arguments)
-    set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(build_model_config(recipe))
     folder = recipe.run_folder
-    if checkpoint is None and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder)
-    _write_json(folder / "provenance.json", {"seed": recipe.seed, **provenance()})
+    with together():
+        train_data, test_data = _datasets(recipe, arguments)
+        set_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_config(build_model_config(recipe))
+        if checkpoint is not None:
+            _check_geometry(folder, arguments)
+    with together():
+        if is_main():
+            _prepare_folder(recipe, arguments, emptied=checkpoint is None)
+    with together():
+        if not (folder / RECIPE_FILE).is_file():
+            raise ValueError(
+                f"{folder} is not where the main process has made it: give an output_dir on a file "
+                "system that all machines share"
+            )
 
-    progress = TrainingProgress(folder, recipe.data.length_at)
+    progress = TrainingProgress(folder, recipe.data.length_at, shown=is_main())
     interrupt = _Interrupt()
     trainer = _Trainer(
         model=model,
@@ -145,8 +158,20 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
             raise TrainingInterrupted(_interrupted(folder)) from None
     if interrupt.requested:
         raise TrainingInterrupted(_interrupted(folder))
-    trainer.save_model()
-    return _write_result(recipe, trainer, output.training_loss, progress)
+    save_whole_model(trainer)
+    result = _write_result(recipe, trainer, output.training_loss, progress)
+    trainer.accelerator.wait_for_everyone()  # now the folder is whole for all of them
+    return result
+
+
+def _prepare_folder(recipe: Recipe, arguments: TrainingArguments, *, emptied: bool) -> None:
+    folder = recipe.run_folder
+    if emptied and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder)
+    about = {"seed": recipe.seed, **_geometry(arguments), **provenance()}
+    _write_json(folder / PROVENANCE_FILE, about)
 
 
 def _write_result(
@@ -163,14 +188,34 @@ def _write_result(
         "seconds": progress.seconds,
         "tokens_per_second": tokens / max(progress.seconds, 1e-9),
     }
-    _write_json(recipe.run_folder / RESULT_FILE, result)
+    if is_main():
+        _write_json(recipe.run_folder / RESULT_FILE, result)
     return result
 
 
+def _geometry(arguments: TrainingArguments) -> dict[str, int]:
+    """How the samples of a step are divided."""
+    each = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return {"processes": arguments.world_size, "samples_per_step": each * arguments.world_size}
+
+
+def _check_geometry(folder: Path, arguments: TrainingArguments) -> None:
+    """Refuse to go on with steps of another size: their samples would not follow the ones seen."""
+    path = folder / PROVENANCE_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = _geometry(arguments)
+    samples = before.get("samples_per_step", now["samples_per_step"])
+    if samples != now["samples_per_step"]:
+        raise ValueError(
+            f"{folder} was trained with {samples} samples a step by {before['processes']} processes, "
+            f"now it would be {now['samples_per_step']} by {now['processes']}: start as many, or "
+            "give --training.per_device_train_batch_size or --training.gradient_accumulation_steps "
+            "that make up for it"
+        )
+
+
 def _datasets(recipe: Recipe, arguments: TrainingArguments) -> tuple[HaystackDataset, HaystackDataset]:
-    samples_per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    samples_per_step = _geometry(arguments)["samples_per_step"]
     num_samples = arguments.max_steps * samples_per_step
     return recipe.data.datasets(num_samples, recipe.seed, samples_per_step)
 
@@ -221,6 +266,7 @@ class _Trainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
     ) -> None:
+        check_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         # The Trainer's own loads whatever weights happen to fit.
         file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
         if self.is_fsdp_enabled or not file.is_file():
@@ -241,8 +287,9 @@ class _Trainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(_not_finite("the loss", loss.item(), self.args, self.state))
+        everywhere = self.accelerator.reduce(loss)  # so that all processes stop where one has to
+        if not torch.isfinite(everywhere):
+            raise NonFiniteError(_not_finite("the loss", everywhere.item(), self.args, self.state))
         return loss
 
 
@@ -256,9 +303,9 @@ class _FiniteGradients(TrainerCallback):
             return  # the gradient scaler skips such steps itself
         named = [(name, each.grad) for name, each in model.named_parameters()]
         grads = [(name, grad) for name, grad in named if grad is not None]
-        norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
+        norm = whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
         if not torch.isfinite(norm):
-            culprits = [name for name, grad in grads if not torch.isfinite(grad).all()]
+            culprits = [name for name, grad in grads if not torch.isfinite(whole(grad)).all()]
             what = f"the gradient of {culprits[0]}" if culprits else "the gradient's norm"
             raise NonFiniteError(_not_finite(what, norm.item(), args, state))
 
@@ -302,10 +349,14 @@ class _Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if not is_main():
+            return
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nfinishing this step; press Ctrl-C again to stop at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The signal reaches processes at different steps; a checkpoint is written by all at one.
+        self.requested = any_process(self.requested)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
