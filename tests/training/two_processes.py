@@ -30,6 +30,7 @@ from everlong.training import Recipe, shard, train
 STEPS = 20
 HALF = STEPS // 2
 ROWS = 4  # of a step, of all processes
+EPSILON = 1e-5  # where gradients are next to nothing, a smaller one makes steps out of their rounding
 SMALL = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -101,6 +102,7 @@ def by_the_trainer(folder, name):
             "max_steps": STEPS,
             "per_device_train_batch_size": each,
             "learning_rate": 1e-3,
+            "adam_epsilon": EPSILON,
             "logging_steps": 1,
             "use_cpu": True,
             "save_strategy": "no",
@@ -137,7 +139,7 @@ def steps(model, optimizer, numbers):
 
 
 def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EPSILON, weight_decay=0.0)
 
 
 def by_fully_shard(folder, name):
