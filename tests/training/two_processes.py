@@ -45,6 +45,8 @@ TITANS = {
     "sliding_window": 16,
     "memory_expansion": 2,
     "num_persistent_tokens": 2,
+    # At this width training with more is chaos: every step makes rounding ten times as large.
+    "max_memory_learning_rate": 0.1,
     "memory_write_cost": 0.01,
 }
 BANK = {"type": "lm2", **SMALL, "segment_length": 32}
