@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 TASKS = ("needle", "babi")
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
+GRACE = 5.0  # seconds in which torchrun ends the processes of which one has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,17 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet()
         return options.run(options)
     except KeyboardInterrupt as error:
-        print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
+        if _is_main():
+            print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"everlong: training stopped: {error}", file=sys.stderr)
-        return 1
+        return _stopped(error, f"everlong: training stopped: {error}", 1)
     except FileExistsError as error:
-        print(f"everlong: error: {error.filename} is a file: name a folder", file=sys.stderr)
-        return 2
+        return _stopped(error, f"everlong: error: {error.filename} is a file: name a folder", 2)
     except (ValueError, OSError) as error:
-        print(f"everlong: error: {error}", file=sys.stderr)
-        return 2
+        return _stopped(error, f"everlong: error: {error}", 2)
+
+
+def _is_main() -> bool:
+    """Whether this process has the terminal; `torchrun` starts several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _stopped(error: Exception, message: str, code: int) -> int:
+    """Say why the work has stopped, once for all processes, and return the exit code.
+
+    torchrun ends all processes as soon as one has ended: who has no news of its own, as most errors are
+    found by all, waits for that.
+    """
+    if not _is_main() or isinstance(error, ConnectionError):
+        time.sleep(GRACE * (1 + isinstance(error, ConnectionError)))
+    print(message, file=sys.stderr, flush=True)
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -215,6 +233,8 @@ def _train(options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         result = train(recipe, overwrite=options.overwrite)
         folder = recipe.run_folder
+    if not _is_main():
+        return 0
     print(
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
         f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "

@@ -209,6 +209,20 @@ def test_writing_has_its_price_in_training_only():
     assert_close("accumulated", accumulated, (plain + 0.5 * written) / 2, torch.float32)
 
 
+def test_the_price_of_a_row_does_not_depend_on_the_rows_beside_it():
+    model = titans("lmm", memory_write_cost=20.0)().train()
+    ids = torch.randint(11, (3, 9))
+    labels = ids.clone()
+    labels[0, 2:], labels[1, 5:] = -100, -100
+    items = (labels[:, 1:] != -100).sum()
+    together = model(ids, labels=labels).loss
+    alone = [
+        model(row[None], labels=asked[None], num_items_in_batch=items).loss
+        for row, asked in zip(ids, labels, strict=True)
+    ]
+    assert_close("loss", sum(alone), together, torch.float32)
+
+
 def test_pads_have_no_price_and_count_as_columns():
     model = titans("lmm", memory_write_cost=0.5)().train()
     ids = torch.randint(11, (1, 9))

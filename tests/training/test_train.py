@@ -148,10 +148,6 @@ def test_a_run_can_be_resumed_for_more_steps(tiny_recipe, tmp_path):
         ("--model.rms_norm_eps=1e-4", r"model.rms_norm_eps \('nothing' before, 0.0001 now\)"),
         ("--data.length=128", r"data.length \(96 before, 128 now\)"),
         ("--seed=1", r"seed \(0 before, 1 now\)"),
-        (
-            "--training.per_device_train_batch_size=1",
-            r"samples of a training step \(2 before, 1 now\)",
-        ),
         ("text", r"the text that data.source names \(.*text\). Undo that, or train anew"),
     ],
 )
@@ -164,6 +160,15 @@ def test_a_run_goes_on_as_what_it_was(override, message, tiny_recipe, text_folde
         overrides.append(override)
     with pytest.raises(ValueError, match=f"run cannot be continued.*{message}"):
         resume(tmp_path / "run", overrides)
+
+
+def test_steps_of_another_size_are_refused(tiny_recipe, tmp_path):
+    train(run(tiny_recipe(max_steps=2), tmp_path / "run"))
+    overrides = ["--training.max_steps=4", "--training.per_device_train_batch_size=1"]
+    with pytest.raises(ValueError, match=r"with 2 samples a step by 1 .* now it would be 1 by 1"):
+        resume(tmp_path / "run", overrides)
+    overrides.append("--training.gradient_accumulation_steps=2")
+    assert resume(tmp_path / "run", overrides)["steps"] == 4
 
 
 def test_an_edited_recipe_is_seen_and_what_may_change_is_said(tiny_recipe, tmp_path, capsys):

@@ -243,7 +243,7 @@ class LM2PreTrainedModel(StatefulPreTrained, LlamaPreTrainedModel):
     """Initialisation and the facts that `transformers` asks of a model family."""
 
     config_class = LM2Config
-    _no_split_modules = ["SlotLayer", "PositionLayer"]
+    _no_split_modules: list[str] = []  # a model's own layers are of one class, see LM2Model
     _supports_flash_attn = _supports_flex_attn = False
     _can_record_outputs: dict[str, Any] = {}
 
@@ -264,6 +264,8 @@ class LM2Model(StatefulDecoder, LM2PreTrainedModel, LlamaModel):
         kind = SlotLayer if config.memory_addressing == "slots" else PositionLayer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(kind(config, index) for index in range(config.num_hidden_layers))
+        # Of what is named here all has to be there: sharding looks for it.
+        self._no_split_modules = [kind.__name__]
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False

@@ -413,15 +413,19 @@ class StatefulCausalLM:
     def _price(
         self, written: Tensor | None, labels: Tensor, mask: Tensor | None, loss: dict[str, Any]
     ) -> Tensor | float:
-        """What writing costs in training, a token; `loss`: what the loss was told besides."""
+        """What writing costs in training, a token; `loss`: what the loss was told besides.
+
+        Each row's mean counts as its labels do in the loss: however rows are divided into accumulated
+        batches and among processes, all of them pay the same.
+        """
         cost = getattr(self.config, "memory_write_cost", 0.0)
         if not self.training or not cost or written is None:
             return 0.0
         real = torch.ones_like(labels) if mask is None else mask
-        # Over accumulated batches the price is shared as the loss itself is.
+        asked = (labels[:, 1:] != -100).sum(1)
         items = loss.get("num_items_in_batch")
-        share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
-        return cost * written.sum() / real[:, -labels.shape[1] :].sum() * share
+        mean = written.sum(1) / real[:, -labels.shape[1] :].sum(1).clamp(min=1)
+        return cost * (mean * asked).sum() / (asked.sum() if items is None else items)
 
     def _prepare_cache_for_generation(
         self,

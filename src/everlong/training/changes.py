@@ -15,12 +15,13 @@ MISSING = "nothing"
 FREE = ("training.", "evaluation.", "guards.", "name", "output_dir")
 
 
-def identity(recipe: Recipe, samples_per_step: int) -> dict[str, Any]:
+def identity(recipe: Recipe, samples_per_step: int, processes: int) -> dict[str, Any]:
     """What a run is, as JSON values: its recipe, its data's fingerprint, samples of a training step."""
     return {
         "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
         "data_fingerprint": recipe.data.fingerprint(),
         "samples_per_step": samples_per_step,
+        "processes": processes,
     }
 
 
@@ -34,8 +35,6 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
     if "recipe" not in before:  # nothing is known of it
         return []
     old, new = flat_fields(before["recipe"]), flat_fields(now["recipe"])
-    old["samples of a training step"] = before["samples_per_step"]
-    new["samples of a training step"] = now["samples_per_step"]
     changed = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
     words = {
         name: f"{name} ({old.get(name, MISSING)!r} before, {new.get(name, MISSING)!r} now)"
@@ -49,6 +48,14 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
         raise ValueError(
             f"{folder} cannot be continued, since this changed: {'; '.join(fixed)}. "
             "Undo that, or train anew in another --output_dir"
+        )
+    samples = "samples_per_step"
+    if before[samples] != now[samples]:
+        raise ValueError(
+            f"{folder} was trained with {before[samples]} samples a step by {before['processes']} "
+            f"processes, now it would be {now[samples]} by {now['processes']}: start as many, or give "
+            "--training.per_device_train_batch_size or --training.gradient_accumulation_steps that "
+            "make up for it"
         )
     return list(words.values())
 

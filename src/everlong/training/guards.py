@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 from everlong.models.stateful import BlockOutput, StatefulDecoder
 
 from .checkpoint import describe_last
+from .processes import ProcessLost, any_process
 from .recipe import Guards
+from .sharding import whole
 
 
 class NonFiniteError(FloatingPointError):
@@ -59,12 +61,16 @@ class Watch(TrainerCallback):
 
     def check_loss(self, loss: Tensor, model: nn.Module, inputs: dict[str, Any], trainer: Any) -> None:
         """Raise NonFiniteError for a loss or memory of this step, naming the layer."""
-        memory = self._memory()
-        if memory is None and (self.lenient or torch.isfinite(loss)):
+        what = self._memory()
+        bad = what is not None or not (self.lenient or bool(torch.isfinite(loss)))
+        if not any_process(bad):
             return
-        what = memory
+        if not bad:
+            raise ProcessLost
         if what is None:
-            where = first_not_finite(model, inputs)
+            # A sharded model needs all processes for a pass.
+            plain = trainer.accelerator.unwrap_model(model)
+            where = None if trainer.is_fsdp_enabled else first_not_finite(plain, inputs)
             what = f"the loss is {loss.item()}"
             what += f", first of all the output of {where}" if where else ""
         raise NonFiniteError(_stopped(what, trainer.args, trainer.state))
@@ -76,11 +82,11 @@ class Watch(TrainerCallback):
             return  # the gradient scaler leaves such steps out itself
         named = [(name, each.grad) for name, each in model.named_parameters()]
         grads = [(name, grad) for name, grad in named if grad is not None]
-        norm = torch.nn.utils.get_total_norm([grad for _, grad in grads])
+        norm = whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
         if torch.isfinite(norm):
             self.skipped = 0
             return
-        culprits = [name for name, grad in grads if not torch.isfinite(grad).all()]
+        culprits = [name for name, grad in grads if not torch.isfinite(whole(grad)).all()]
         what = f"the gradient of {culprits[0]} is" if culprits else "the gradient's norm is"
         what = f"{what} {norm.item()}"
         self.skipped += 1

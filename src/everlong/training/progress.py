@@ -29,9 +29,11 @@ class TrainingProgress(TrainerCallback):
     length_at: the sample length (tokens) of a training step, counted from 0.
     `seconds` is the training time and `last_loss` the last loss logged; a resumed run counts on
     from its checkpoint. tokens_per_second is a mean since the last log, pads not counted.
+    shown: False keeps all of it to itself, as of several processes all but one should.
     """
 
-    def __init__(self, folder: Path, length_at: Callable[[int], int]) -> None:
+    def __init__(self, folder: Path, length_at: Callable[[int], int], *, shown: bool = True) -> None:
+        self.shown = shown
         self.path = folder / METRICS_FILE
         self.length_at = length_at
         self.last_loss: float | None = None
@@ -42,7 +44,8 @@ class TrainingProgress(TrainerCallback):
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, quiet=not shown),
+            disable=not shown,
         )
         self._seconds_before = 0.0
         self._started: float | None = None
@@ -69,8 +72,11 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what an interrupted run logged behind its checkpoint, and start the clock."""
-        kept = [line for line in read_metrics(self.path.parent) if line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        logged = read_metrics(self.path.parent) if self.shown else []
+        kept = [line for line in logged if line["step"] <= state.global_step]
+        if self.shown:
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            self.path.write_text(text, encoding="utf-8")
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
         self._started = time.perf_counter()
@@ -120,6 +126,8 @@ class TrainingProgress(TrainerCallback):
         self.bar.console.print(f"step {step:6d}  left out: {reason}")
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.shown:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "seconds": self.seconds}) + "\n")
 

@@ -13,6 +13,7 @@ seed, output_dir, name: see Recipe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Collection, Sequence
@@ -26,6 +27,7 @@ from everlong.data import HAYSTACKS, TASKS, DataConfig, NeedleConfig
 from everlong.provenance import RECIPE_FILE
 
 from .fit import check_fit
+from .processes import launch_defaults
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -310,7 +312,9 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     hints = get_type_hints(TrainingArguments)
     valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     check_names(fields, valid, "training.")
+    hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
     defaults = {
+        **launch_defaults(recipe.model, fields),
         "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -324,7 +328,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "train_sampling_strategy": "sequential",
     }
     try:
-        typed = _typed(fields, {name: hints[name] for name in fields})
+        # A copy: transformers fills fsdp_config in place, and the recipe is to stay as it is.
+        typed = _typed(copy.deepcopy(fields), {name: hints[name] for name in fields})
         arguments = TrainingArguments(
             output_dir=str(recipe.run_folder), seed=recipe.seed, **{**defaults, **typed}
         )

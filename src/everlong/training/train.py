@@ -2,7 +2,8 @@
 
 A run folder holds recipe.yaml (resolved), provenance.json (versions, machine, fingerprint of the data),
 metrics.jsonl (a line for each log), tensorboard logs, checkpoint-STEP folders, loss.png, and when
-training is done the model, the tokenizer and result.json.
+training is done the model, the tokenizer and result.json. Of several processes (`torchrun`) the main
+one writes it.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ from .carry import MemoryTrainer
 from .changes import PROVENANCE_FILE, check_changes, identity
 from .checkpoint import describe_last, last_checkpoint
 from .guards import Watch
+from .processes import any_process, is_main, lost_processes, together
 from .progress import TrainingProgress
 from .recipe import Recipe, build_model, build_training_arguments, load_recipe
 from .runs import PICTURE_FILE, Run, plot_losses
+from .sharding import check_kind, save_whole_model
 
 ASIDE = "unfinished"  # in a run folder: a checkpoint that is being written
 
@@ -62,7 +65,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
     """
     folder = recipe.run_folder
-    _check_folder(folder, overwrite)
+    with together():
+        _check_folder(folder, overwrite)
     return _run(replace(recipe, output_dir=str(folder)), checkpoint=None)
 
 
@@ -99,22 +103,28 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
+@lost_processes()
 def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
     """Train from a checkpoint, or from the start in an emptied folder."""
     arguments = build_training_arguments(recipe)
-    train_data, test_data = _datasets(recipe, arguments)
-    about = identity(recipe, _samples_per_step(arguments))
-    changes = check_changes(recipe.run_folder, about) if checkpoint else []
-    set_seed(recipe.seed)
-    model = build_model(recipe)
     folder = recipe.run_folder
-    if checkpoint is None and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder)
-    _write_json(folder / PROVENANCE_FILE, {"seed": recipe.seed, **provenance(), **about})
+    with together():
+        train_data, test_data = _datasets(recipe, arguments)
+        about = identity(recipe, _samples_per_step(arguments), arguments.world_size)
+        changes = check_changes(folder, about) if checkpoint else []
+        set_seed(recipe.seed)
+        model = build_model(recipe)
+    with together():
+        if is_main():
+            _prepare_folder(recipe, about, emptied=checkpoint is None)
+    with together():
+        if not (folder / RECIPE_FILE).is_file():
+            raise ValueError(
+                f"{folder} is not where the main process has made it: give an output_dir on a file "
+                "system that all machines share"
+            )
 
-    progress = TrainingProgress(folder, recipe.data.length_at)
+    progress = TrainingProgress(folder, recipe.data.length_at, shown=is_main())
     interrupt = _Interrupt()
     watch = Watch(recipe.guards, progress.skipped)
     trainer = EverlongTrainer(
@@ -125,8 +135,10 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         eval_dataset=Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data)))),
         data_collator=_collate,
         processing_class=recipe.data.build_tokenizer(),
-        callbacks=[progress, interrupt, watch, _tensorboard(folder, checkpoint)],
+        callbacks=[progress, interrupt, watch],
     )
+    if is_main():
+        trainer.add_callback(_tensorboard(folder, checkpoint))
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
     if getattr(recipe.data, "layout", None) == "streams":
@@ -139,11 +151,23 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         except KeyboardInterrupt:
             raise TrainingInterrupted(_interrupted(folder)) from None
         finally:
-            plot_losses(folder / PICTURE_FILE, [Run(folder)])
+            if is_main():
+                plot_losses(folder / PICTURE_FILE, [Run(folder)])
     if interrupt.requested:
         raise TrainingInterrupted(_interrupted(folder))
-    trainer.save_model()
-    return _write_result(recipe, trainer, output.training_loss, progress)
+    save_whole_model(trainer)
+    result = _write_result(recipe, trainer, output.training_loss, progress)
+    trainer.accelerator.wait_for_everyone()  # now the folder is whole for all of them
+    return result
+
+
+def _prepare_folder(recipe: Recipe, about: dict[str, Any], *, emptied: bool) -> None:
+    folder = recipe.run_folder
+    if emptied and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder)
+    _write_json(folder / PROVENANCE_FILE, {"seed": recipe.seed, **provenance(), **about})
 
 
 def _write_result(
@@ -160,7 +184,8 @@ def _write_result(
         "seconds": progress.seconds,
         "tokens_per_second": tokens / max(progress.seconds, 1e-9),
     }
-    _write_json(recipe.run_folder / RESULT_FILE, result)
+    if is_main():
+        _write_json(recipe.run_folder / RESULT_FILE, result)
     return result
 
 
@@ -243,6 +268,7 @@ class EverlongTrainer(MemoryTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
     ) -> None:
+        check_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         # The Trainer's own loads whatever weights happen to fit.
         file = Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
         if self.is_fsdp_enabled or not file.is_file():
@@ -297,10 +323,14 @@ class _Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if not is_main():
+            return
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nfinishing this step; press Ctrl-C again to stop at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The signal reaches processes at different steps; a checkpoint is written by all at one.
+        self.requested = any_process(self.requested)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
