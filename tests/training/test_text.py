@@ -1,6 +1,7 @@
 """Training on text: packed rows, memories carried along streams, tokenizers."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -272,3 +273,25 @@ def test_a_memory_is_read_where_gradients_are_computed_again(recipe, tmp_path):
         train(run(path, tmp_path / name))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), TitansForCausalLM)
+
+
+def test_bits_a_byte_are_those_of_the_text_whatever_the_tokens_are(recipe, tmp_path):
+    folder = tmp_path / "bpe"
+    train_tokenizer(["The first of ten short texts, told often. "] * 9, 270).save_pretrained(folder)
+    path = recipe("llama", {"tokenizer": str(folder), "documents": "join"}, eval_strategy="steps")
+    loaded = run(path, tmp_path / "run", "--training.eval_steps=2", "--evaluation.held_out_samples=4")
+    result = train(loaded)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    held_out = loaded.data.datasets(1)[1]
+    nats = text = 0
+    for index in range(4):
+        ids = held_out[index]["input_ids"]
+        with torch.no_grad():
+            logits = model(ids[None], use_cache=False).logits[0]
+        labels = held_out[index]["labels"][1:]
+        nats += torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum").item()
+        text += len(AutoTokenizer.from_pretrained(folder).decode(ids[1:]).encode())
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text, rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line["step"] for line in lines if "bits_per_byte" in line]
+    assert found == [2, 4, 6]

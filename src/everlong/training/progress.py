@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,23 @@ class TrainingProgress(TrainerCallback):
     length_at: the sample length (tokens) of a training step, counted from 0.
     `seconds` is the training time and `last_loss` the last loss logged; a resumed run counts on
     from its checkpoint. tokens_per_second is a mean since the last log, pads not counted.
+    bytes_per_label: of held-out text, how many bytes each of its labels stands for: then held-out
+        losses (nats a token, the mean over batches) are also given in bits a byte, whatever the tokens
+        are. `held_out` has the last of them, with their step.
     shown: False keeps all of it to itself, as of several processes all but one should.
     """
 
-    def __init__(self, folder: Path, length_at: Callable[[int], int], *, shown: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        length_at: Callable[[int], int],
+        bytes_per_label: float | None = None,
+        *,
+        shown: bool = True,
+    ) -> None:
         self.shown = shown
+        self.bytes_per_label = bytes_per_label
+        self.held_out: dict[str, float] = {}
         self.path = folder / METRICS_FILE
         self.length_at = length_at
         self.last_loss: float | None = None
@@ -91,8 +104,14 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:
-            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self.bar.console.print(f"step {state.global_step:6d}  eval loss {logs['eval_loss']:.4f}")
+            loss = logs["eval_loss"]
+            self.held_out = {"step": state.global_step, "eval_loss": loss}
+            text = f"step {state.global_step:6d}  held-out loss {loss:.4f}"
+            if self.bytes_per_label is not None:
+                bits = self.held_out["bits_per_byte"] = loss / math.log(2) / self.bytes_per_label
+                text += f"  {bits:.4f} bits a byte"
+            self._write(self.held_out)
+            self.bar.console.print(text)
         if "loss" not in logs:
             return
         left_out, self._left_out = self._left_out, 0

@@ -124,7 +124,10 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
                 "system that all machines share"
             )
 
-    progress = TrainingProgress(folder, recipe.data.length_at, shown=is_main())
+    held_out = Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data))))
+    progress = TrainingProgress(
+        folder, recipe.data.length_at, _bytes_per_label(held_out), shown=is_main()
+    )
     interrupt = _Interrupt()
     watch = Watch(recipe.guards, progress.skipped)
     trainer = EverlongTrainer(
@@ -132,7 +135,7 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         model=model,
         args=arguments,
         train_dataset=train_data,
-        eval_dataset=Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data)))),
+        eval_dataset=held_out,
         data_collator=_collate,
         processing_class=recipe.data.build_tokenizer(),
         callbacks=[progress, interrupt, watch],
@@ -148,6 +151,9 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
             progress.bar.console.print(f"changed: {change}")
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
+            at_end = progress.held_out.get("step") == trainer.state.global_step
+            if progress.bytes_per_label is not None and not (at_end or interrupt.requested):
+                trainer.evaluate()
         except KeyboardInterrupt:
             raise TrainingInterrupted(_interrupted(folder)) from None
         finally:
@@ -184,6 +190,7 @@ def _write_result(
         "seconds": progress.seconds,
         "tokens_per_second": tokens / max(progress.seconds, 1e-9),
     }
+    result |= {name: value for name, value in progress.held_out.items() if name != "step"}
     if is_main():
         _write_json(recipe.run_folder / RESULT_FILE, result)
     return result
@@ -195,6 +202,15 @@ def _tensorboard(folder: Path, checkpoint: str | None) -> TrainerCallback:
 
     step = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else None
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
+
+
+def _bytes_per_label(held_out: Subset) -> float | None:
+    """Bytes of held-out text behind each label; None if it is no text."""
+    label_bytes = getattr(held_out.dataset, "label_bytes", None)
+    if label_bytes is None:
+        return None
+    labels = sum(int((item["labels"][1:] >= 0).sum()) for item in held_out)
+    return sum(label_bytes(index) for index in held_out.indices) / labels
 
 
 def _samples_per_step(arguments: TrainingArguments) -> int:
@@ -228,7 +244,8 @@ class EverlongTrainer(MemoryTrainer):
     def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
         """Names of the parameters that weight decay pulls at: matrices alone. The scales of the norms
         inside a memory are one for each head, which makes a matrix of them in shape only."""
-        sizes = {name: each.ndim for name, each in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        sizes = {name: each.ndim for name, each in every}
         names = Trainer.get_decay_parameter_names(self, model)
         return [name for name in names if sizes[name] >= 2 and "_scale." not in name]
 
