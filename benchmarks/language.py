@@ -3,7 +3,7 @@
 `python benchmarks/language.py [RECIPE ...]` (default: all recipes lm-*-cpu). Notable:
 
 - Each recipe is trained by `everlong train` in a process of its own, alone on the machine. Its peak
-  memory is the kernel's count for that process, less that of a process that only imports what is needed.
+  memory is the kernel's count for that process, less that of one that only imports what is needed.
 - Bits a byte are of held-out plays. Tokens a second are of training, evaluations and checkpoints apart.
 - A run that has ended in --folder is not run again; another seed takes another folder.
 """

@@ -209,7 +209,8 @@ def _bytes_per_label(held_out: Subset) -> float | None:
     label_bytes = getattr(held_out.dataset, "label_bytes", None)
     if label_bytes is None:
         return None
-    labels = sum(int((item["labels"][1:] >= 0).sum()) for item in held_out)
+    rows = [held_out[index]["labels"][1:] for index in range(len(held_out))]
+    labels = sum(int((row >= 0).sum()) for row in rows)
     return sum(label_bytes(index) for index in held_out.indices) / labels
 
 
