@@ -6,6 +6,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from everlong import TitansConfig
+from everlong.models.sizes import count_parameters
 from everlong.training.recipe import (
     build_model,
     build_model_config,
@@ -192,8 +193,21 @@ def test_an_unknown_recipe_lists_the_known():
 @pytest.mark.parametrize("name", sorted(known_recipes()))
 def test_shipped_recipes_load_by_name(name):
     data = ["--data.folder", "folder-of-babi"] if name.startswith("babi") else []
+    if "hub:" in find_recipe(name).read_text():  # whose tokenizer is there too
+        data = ["--data.tokenizer=bytes", "--training.bf16=false"]
     assert load_recipe(name, data).name == name
     assert find_recipe(f"recipes/{name}.yaml") is not None
+
+
+def test_the_language_models_are_of_equal_size_and_read_the_same():
+    small = [load_recipe(name) for name in sorted(known_recipes()) if name.endswith("-cpu")]
+    assert len(small) == 9
+    sizes = [count_parameters(build_model_config(recipe)) for recipe in small]
+    assert max(sizes) < 1.05 * min(sizes)
+    assert 1e6 < min(sizes)
+    assert max(sizes) < 2e6
+    for recipe in small:
+        assert (recipe.data, recipe.training) == (small[0].data, small[0].training)
 
 
 def test_the_rivals_have_as_many_parameters_and_as_many_steps():
