@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModel
 
 from everlong.models import LM2Config, TitansConfig
@@ -37,6 +37,22 @@ PEAK = 989e12  # bfloat16 operations a second of an H100 (SXM, dense), by its da
 SHARES = (0.4, 0.1)  # of the peak: large matrix products alone; many small ones
 STATE_BYTES = 4 + 4 + 8  # of a parameter: float32 weight, gradient, AdamW's two moments
 MIB, GIB = 2**20, 2**30
+
+
+def attention_forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """Operations of the CPU's attention, which the counter of torch does not know; shapes."""
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """The same of its backward pass."""
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
 
 
 @dataclass
@@ -69,7 +85,7 @@ def main() -> None:
     """Count, print the tables, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a text; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a text; default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     options = parser.parse_args()
     costs = [measure(name, options.tokens) for name in options.models.split(",")]
@@ -127,11 +143,11 @@ def run(model: torch.nn.Module, tokens: int) -> tuple[int, int, int, int]:
 
     ids = torch.randint(8, (1, tokens))
     with (
-        FlopCounterMode(display=False) as forward,
+        FlopCounterMode(display=False, custom_mapping=ON_CPU) as forward,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         out = model(ids, use_cache=True)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as backward:
         out.last_hidden_state.sum().backward()
     leaves = [leaf for layer in out.past_key_values.layers for leaf in tree_leaves(layer.state)]
     state = sum(leaf.numel() * leaf.element_size() for leaf in leaves if torch.is_tensor(leaf))

@@ -61,8 +61,10 @@ def _stopped(error: Exception, message: str, code: int) -> int:
     torchrun ends all processes as soon as one has ended: who has no news of its own, as most errors are
     found by all, waits for that.
     """
-    if not _is_main() or isinstance(error, ConnectionError):
-        time.sleep(GRACE * (1 + isinstance(error, ConnectionError)))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    lost = isinstance(error, ConnectionError)  # of another process, which tells itself
+    if not alone and (lost or not _is_main()):
+        time.sleep(2 * GRACE if lost else GRACE)
     print(message, file=sys.stderr, flush=True)
     return code
 
@@ -219,6 +221,7 @@ def _quiet() -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from everlong.training import load_recipe, resume, train
+    from everlong.training.processes import leave
 
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
@@ -233,6 +236,7 @@ def _train(options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         result = train(recipe, overwrite=options.overwrite)
         folder = recipe.run_folder
+    leave()
     if not _is_main():
         return 0
     print(

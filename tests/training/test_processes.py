@@ -131,7 +131,7 @@ def test_what_is_wrong_is_said_once(tiny_recipe, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_one_step_and_any_number_goes_on(tiny_recipe, tmp_path):
-    path = tiny_recipe("titans", max_steps=400, lr_scheduler_type="cosine", save_total_limit=1)
+    path = tiny_recipe("titans", max_steps=200, lr_scheduler_type="cosine", save_total_limit=1)
     everlong("train", path, "--output_dir", tmp_path / "whole")
     process = start(
         [*TORCHRUN, "-m", "everlong", "train", str(path), "--output_dir", str(tmp_path / "cut")]
@@ -262,8 +262,9 @@ def test_a_lost_process_is_told_from_other_errors(monkeypatch):
 def test_of_several_processes_the_main_one_tells_at_once(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    for rank in "01":
+    for world, rank, waits in (("1", "0", 0), ("2", "0", 0), ("2", "1", 1)):
+        monkeypatch.setenv("WORLD_SIZE", world)
         monkeypatch.setenv("RANK", rank)
         assert main(["train", "/no/such.yaml"]) == 2
-    assert len(waited) == 1
+        assert len(waited) == waits
     assert "unknown recipe" in capsys.readouterr().err

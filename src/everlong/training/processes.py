@@ -83,6 +83,12 @@ def any_process(flag: bool) -> bool:
     return bool(found)
 
 
+def leave() -> None:
+    """Part from the other processes, at the end of the work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """A part that all processes leave together: those for which it went well raise ProcessLost where
