@@ -11,7 +11,8 @@ from everlong.data import NeedleConfig, byte_tokenizer
 from everlong.evaluation import NeedleScore, attention_reach, evaluate_needle
 from everlong.evaluation.needle import Share, _last_logits
 from everlong.models import Retrieval, model_config
-from everlong.training.recipe import build_model_config, load_recipe
+from everlong.training import load_recipe
+from everlong.training.model import build_model_config
 
 
 class Oracle(torch.nn.Module):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from everlong.models import RMTConfig, RMTForCausalLM
 from everlong.models.configuration_rmt import KINDS as CONFIGURATIONS
 from everlong.training import load_recipe
-from everlong.training.recipe import build_model_config
+from everlong.training.model import build_model_config
 from numerics import assert_close
 from subjects import GPT2, LLAMA, SEGMENT, VOCABULARY, rmt
 

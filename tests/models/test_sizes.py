@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from everlong.models import GatedDeltaNetForCausalLM, count_parameters, model_config
 from everlong.models.sizes import _nearest
-from everlong.training.recipe import build_model_config, load_recipe
+from everlong.training import load_recipe
+from everlong.training.model import build_model_config
 from numerics import assert_close
 
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "eos_token_id": None}

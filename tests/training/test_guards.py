@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from everlong.training import NonFiniteError, load_recipe, train
 from everlong.training.guards import Watch, first_not_finite
-from everlong.training.recipe import Guards, build_model
+from everlong.training.model import build_model
+from everlong.training.recipe import Guards
 from everlong.training.train import EverlongTrainer
 from subjects import SUBJECTS
 

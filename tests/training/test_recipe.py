@@ -7,9 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from everlong import TitansConfig
 from everlong.models.sizes import count_parameters
+from everlong.training.model import build_model, build_model_config
 from everlong.training.recipe import (
-    build_model,
-    build_model_config,
     build_training_arguments,
     find_recipe,
     known_recipes,

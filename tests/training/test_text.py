@@ -13,7 +13,7 @@ from everlong.data import TextConfig, train_tokenizer
 from everlong.models import MemoryCache, TitansForCausalLM
 from everlong.training import load_recipe, resume, train
 from everlong.training.carry import MemoryTrainer
-from everlong.training.recipe import build_model_config
+from everlong.training.model import build_model_config
 
 MODELS = {
     **TINY_MODELS,

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -27,10 +26,12 @@ from everlong.data import HAYSTACKS, TASKS, DataConfig, NeedleConfig
 from everlong.provenance import RECIPE_FILE
 
 from .fit import check_fit
+from .model import WRAPPED, build_model_config
+from .names import check_names, one_line
 from .processes import launch_defaults
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -150,154 +151,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
     loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
     config = build_model_config(loaded)
-    if loaded.model.get("type") not in _WRAPPED:  # these read all there is
+    if loaded.model.get("type") not in WRAPPED:  # these read all there is
         check_fit(loaded.data, config)
     build_training_arguments(loaded)
     return loaded
-
-
-def build_model_config(recipe: Recipe) -> PretrainedConfig:
-    """The transformers configuration of the recipe's model.
-
-    The vocabulary and the special tokens are those of the recipe's tokenizer unless it names others.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from everlong.models import model_config
-
-    if "path" in recipe.model:
-        return _config_at(recipe)
-    fields = {**recipe.model}
-    preset = fields.pop("preset", None)
-    kind = fields.pop("type", None if preset is None else str(preset).split("-")[0])
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model.type must be a model type of transformers, got {kind!r}"
-            f"{_nearest(str(kind), CONFIG_MAPPING.keys())}"
-        )
-    parameters = fields.pop("parameters", None)
-    fields = {**_preset_fields(kind, preset), **_config_fields(kind, fields)}
-    owner = fields  # of what every model has
-    if kind == "rmt":
-        owner = fields["base_config"] = _base_config(fields.get("base_config"))
-    tokenizer = recipe.data.build_tokenizer()
-    owner.setdefault("vocab_size", len(tokenizer))
-    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        owner.setdefault(token, getattr(tokenizer, token))
-    _check_vocabulary(owner["vocab_size"], len(tokenizer), "leave it out")
-    try:
-        return model_config(kind, parameters, **fields)
-    except Exception as error:  # transformers raises several kinds, all of them about the fields
-        raise ValueError(f"model: {_one_line(error)}") from error
-
-
-def build_model(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's model, with fresh weights, or with those at `model.path`."""
-    from transformers import AutoModelForCausalLM
-
-    if "path" not in recipe.model:
-        return AutoModelForCausalLM.from_config(build_model_config(recipe))
-    fields = {**recipe.model}
-    path, kind = fields.pop("path"), fields.pop("type", None)
-    try:
-        if kind is not None:
-            return _WRAPPED[kind](path, fields)
-        return AutoModelForCausalLM.from_pretrained(path, config=build_model_config(recipe))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"model.path {path} cannot be loaded: {_one_line(error)}") from error
-
-
-def _lm2_from(path: str, fields: dict[str, Any]) -> PreTrainedModel:
-    from everlong.models import LM2ForCausalLM
-
-    return LM2ForCausalLM.from_llama(path, **fields)
-
-
-def _rmt_from(path: str, fields: dict[str, Any]) -> PreTrainedModel:
-    from everlong.models import RMTForCausalLM
-
-    return RMTForCausalLM.from_causal_lm(path, **fields)
-
-
-_WRAPPED = {"lm2": _lm2_from, "rmt": _rmt_from}  # memories that a model at a path can be given
-
-
-def _config_at(recipe: Recipe) -> PretrainedConfig:
-    """The configuration of the model at `model.path`, with the recipe's fields."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    fields = {**recipe.model}
-    path, kind = fields.pop("path"), fields.pop("type", None)
-    try:
-        found = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path {path} holds no model: {_one_line(error)}") from error
-    named = "name the tokenizer of that model as data.tokenizer"
-    _check_vocabulary(found.vocab_size, len(recipe.data.build_tokenizer()), named)
-    if kind is None:
-        fields = _config_fields(found.model_type, fields)
-        return AutoConfig.from_pretrained(path, **fields)
-    if kind not in _WRAPPED:
-        raise ValueError(
-            f"model.type {kind!r} with model.path: leave type out to go on from the model there, or "
-            f"name the memory it shall get, one of {', '.join(_WRAPPED)}"
-        )
-    types = [each.name for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init]
-    check_names(fields, types, "model.")
-    return found
-
-
-def _check_vocabulary(size: int, tokens: int, advice: str) -> None:
-    if size < tokens:
-        raise ValueError(
-            f"model.vocab_size must be at least {tokens}, which is the vocabulary of the recipe's "
-            f"tokenizer, got {size}: {advice}"
-        )
-
-
-def _config_fields(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a model type's configuration, checked by name; 0 is a fine number for one that
-    may be 0.1."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    types = {each.name: each.type for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init}
-    check_names(fields, [*types, "parameters"], "model.")
-    numbers = (float, float | None)
-    return {
-        name: float(value) if type(value) is int and types[name] in numbers else value
-        for name, value in fields.items()
-    }
-
-
-def _preset_fields(kind: str, preset: str | None) -> dict[str, Any]:
-    """What a preset sets but its special tokens: those are the tokenizer's."""
-    from everlong.models.presets import lm2_preset_fields, preset_fields
-
-    if preset is None:
-        return {}
-    known = {"titans": preset_fields, "lm2": lm2_preset_fields}
-    if kind not in known:
-        raise ValueError(f"model.preset: there are presets of {', '.join(known)}, none of {kind}")
-    fields = known[kind](preset)
-    return {name: value for name, value in fields.items() if not name.endswith("_token_id")}
-
-
-def _base_config(given: Any) -> dict[str, Any]:
-    """The fields of the model inside an RMT, by their names."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    inner = {"model_type": "llama", **(given or {})}
-    kind = inner["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"unknown model.base_config.model_type {kind!r}{_nearest(str(kind), CONFIG_MAPPING.keys())}"
-        )
-    config_class = CONFIG_MAPPING[kind]
-    names = [each.name for each in dataclasses.fields(config_class) if each.init]
-    known = ["model_type", *names, *config_class.attribute_map]
-    check_names(inner, known, "model.base_config.")
-    return inner
 
 
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -334,27 +191,13 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
             output_dir=str(recipe.run_folder), seed=recipe.seed, **{**defaults, **typed}
         )
     except Exception as error:  # transformers raises several kinds, all of them about the fields
-        raise ValueError(f"training: {_one_line(error)}") from error
+        raise ValueError(f"training: {one_line(error)}") from error
     if arguments.max_steps <= 0:
         raise ValueError(
             "training.max_steps must be given and positive: samples are made as training goes, "
             f"there are no epochs of them; got {arguments.max_steps}"
         )
     return arguments
-
-
-def check_names(given: Collection[str], valid: Collection[str], prefix: str = "") -> None:
-    """Raise ValueError for a name that is not valid, naming the nearest one that is."""
-    for name in given:
-        if name not in valid:
-            raise ValueError(f"unknown field {prefix}{name}{_nearest(name, valid, prefix)}")
-
-
-def _nearest(name: str, valid: Collection[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, valid, n=1)
-    if near:
-        return f": did you mean {prefix}{near[0]}?"
-    return f": valid are {', '.join(sorted(valid))}" if len(valid) < 40 else ""
 
 
 _PARTS = {"evaluation": Evaluation, "guards": Guards}
@@ -369,7 +212,7 @@ def _check_file_names(path: Path) -> type[DataConfig]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {_one_line(error)}") from error
+        raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_names(Recipe))}")
     check_names(values, _names(Recipe))
@@ -411,7 +254,7 @@ def _parse(path: Path, overrides: Sequence[str], task: type[DataConfig]) -> dict
     try:
         values = parser.parse_args(["--config", str(path), *overrides]).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{path.name}: {_one_line(error)}") from error
+        raise ValueError(f"{path.name}: {one_line(error)}") from error
     values.pop("config")
     if inner:
         values["model"]["base_config"] = {**(values["model"].get("base_config") or {}), **inner}
@@ -438,7 +281,3 @@ def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     for name, type_ in types.items():
         parser.add_argument(f"--{name}", type=type_)
     return parser.parse_object(values).as_dict()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

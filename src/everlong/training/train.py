@@ -43,9 +43,10 @@ from .carry import MemoryTrainer
 from .changes import PROVENANCE_FILE, check_changes, identity
 from .checkpoint import describe_last, last_checkpoint
 from .guards import Watch
+from .model import build_model
 from .processes import any_process, is_main, lost_processes, together
 from .progress import TrainingProgress
-from .recipe import Recipe, build_model, build_training_arguments, load_recipe
+from .recipe import Recipe, build_training_arguments, load_recipe
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 
