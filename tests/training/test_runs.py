@@ -47,9 +47,14 @@ def test_runs_are_found_at_any_depth_and_once(runs, tmp_path):
 
 def test_the_list_says_how_far_each_is(runs):
     ended, other = shown(print_runs, runs).splitlines()[3:5]
-    for part in ("llama", "12,345", "1,900", "0.2500", "3.5000", "done, 20 steps"):
+    for part in ("llama", "12.3K", " 20 ", "1.9K", "0.2500", "3.5000"):
         assert part in ended
-    assert "step 7 of 20, no checkpoint" in other
+    assert "7/20" in other
+    narrow = Console(width=80, record=True)
+    print_runs(runs, narrow)
+    text = narrow.export_text()
+    assert "…" not in text
+    assert "tokens/s" in text
 
 
 def test_only_what_differs_is_compared(runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +19,6 @@ from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .changes import flat_fields
-from .checkpoint import last_checkpoint
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
@@ -51,14 +52,12 @@ class Run:
         return next((line[name] for line in reversed(self.metrics) if name in line), None)
 
     @property
-    def state(self) -> str:
-        """How far it is."""
-        wanted = self.recipe.get("training", {}).get("max_steps", "?")
+    def steps(self) -> str:
+        """How far it is, and how far it is to go."""
+        wanted = self.recipe.get("training", {}).get("max_steps")
         if self.result:
-            return f"done, {self.result['steps']:,} steps"
-        kept = last_checkpoint(self.folder)
-        where = f"kept {Path(kept).name.rpartition('-')[2]}" if kept else "no checkpoint"
-        return f"step {self.last('step') or 0:,} of {wanted:,}, {where}"
+            return f"{self.result['steps']:,}"
+        return f"{self.last('step') or 0:,}/{wanted:,}" if wanted else "?"
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Run]:
@@ -77,26 +76,22 @@ def find_runs(places: Sequence[str | Path]) -> list[Run]:
 
 def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
     """A table of runs, a line each."""
-    table = Table()
-    for name in ("run", "model"):
-        table.add_column(name)
-    for name in ("seed", "parameters", "tokens", "loss", "held-out", "tokens/s"):
-        table.add_column(name, justify="right")
-    table.add_column("state")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold", min_width=12)
+    table.add_column("model", overflow="fold", min_width=7)
+    for name in ("size", "steps", "tokens", "loss", "held out", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         model = run.recipe.get("model", {})
-        parameters, tokens = run.result.get("parameters"), run.last("tokens")
-        speed = run.result.get("tokens_per_second") or run.last("tokens_per_second")
         table.add_row(
             str(run.folder),
             str(model.get("preset") or model.get("type") or model.get("path")),
-            str(run.recipe.get("seed", "")),
-            f"{parameters:,}" if parameters else "",
-            f"{tokens:,}" if tokens else "",
+            _size(run.result.get("parameters")),
+            run.steps,
+            _size(run.last("tokens")),
             _number(run.last("loss")),
             _number(run.last("eval_loss")),
-            f"{speed:,.0f}" if speed else "",
-            run.state,
+            _size(run.result.get("tokens_per_second") or run.last("tokens_per_second")),
         )
     (console or Console()).print(table)
 
@@ -105,7 +100,9 @@ def print_differences(runs: Sequence[Run], console: Console | None = None) -> No
     """The fields of the recipes that are not the same in all runs."""
     fields = [flat_fields(run.recipe) for run in runs]
     names = dict.fromkeys(name for each in fields for name in each)
-    table = Table("field", *(str(run.folder) for run in runs))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("field", *(str(run.folder) for run in runs)):
+        table.add_column(name, overflow="fold")
     for name in names:
         values = [str(each[name]) if name in each else "-" for each in fields]
         if len(set(values)) > 1 and name not in ("name", "output_dir"):
@@ -156,6 +153,14 @@ def _smooth(losses: list[float]) -> list[float]:
         total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
         smoothed.append(total / weight)
     return smoothed
+
+
+def _size(value: float | None) -> str:
+    """1234567 -> "1.23M"."""
+    if value is None:
+        return ""
+    exponent = min(max(int(math.log10(max(value, 1))) // 3, 0), 3)
+    return f"{value / 1000**exponent:.3g}{' KMG'[exponent].strip()}"
 
 
 def _number(value: float | None) -> str:
