@@ -54,7 +54,10 @@ def main() -> None:
 
 def train(name: str, folder: Path, seed: int) -> None:
     """Train a recipe if it has not been."""
-    if not Run(folder).result:
+    result = Run(folder).result
+    if result and result["seed"] != seed:
+        raise ValueError(f"{folder} holds seed {result['seed']}: give another --folder")
+    if not result:
         places = ["--output_dir", str(folder), "--seed", str(seed)]
         subprocess.run([*EVERLONG, "train", name, "--overwrite", *places], check=True)
 

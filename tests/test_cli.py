@@ -234,6 +234,19 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
     assert generated(*warm, "1") != generated(*warm, "2")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nowhere", "--print_config"], "nowhere is not a run folder"),
+        (["--resume", "nowhere", "--overwrite"], "give one of them"),
+        (["RECIPE", "--training.bf16", "--seed", "1"], "--training.bf16 has no value"),
+    ],
+)
+def test_options_of_train_that_make_no_sense(arguments, message, tiny_recipe, capsys):
+    arguments = [str(tiny_recipe()) if each == "RECIPE" else each for each in arguments]
+    assert message in error_of(["train", *arguments], capsys)
+
+
 def test_fields_of_the_recipe_are_told_from_options():
     known = ["train", "--resume", "a", "--overwrite"]
     fields = ["--training.max_steps", "8", "--model.x=-1", "--model.y", "-1", "--seed", "3"]

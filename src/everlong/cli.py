@@ -29,7 +29,10 @@ GRACE = 5.0  # seconds in which torchrun ends the processes of which one has end
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv if not given) and return the exit code."""
     parser = build_parser()
-    known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    try:
+        known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        return _stopped(error, f"everlong: error: {error}", 2)
     options = parser.parse_args(known)
     if options.command is None:
         parser.print_help()
@@ -183,7 +186,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments of the command itself, and for `train` the recipe's fields among them.
 
     A field is --NAME=VALUE or --NAME VALUE with any name that is no option of `train`; argparse
-    would take such a VALUE for the recipe.
+    would take such a VALUE for the recipe. Raises ValueError for a field without a value.
     """
     if list(arguments[:1]) != ["train"]:
         return list(arguments), []
@@ -196,7 +199,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         elif equals:
             overrides.append(argument)
         else:
-            overrides += [argument, *itertools.islice(rest, 1)]
+            value = list(itertools.islice(rest, 1))
+            if value and value[0].startswith("--"):
+                raise ValueError(f"{argument} has no value: give {argument}=VALUE")
+            overrides += [argument, *value]
     return known, overrides
 
 
@@ -225,8 +231,12 @@ def _train(options: argparse.Namespace) -> int:
 
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
+    if options.resume and options.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes one: give one of them")
     if options.print_config:
         recipe = options.recipe or Path(options.resume, "recipe.yaml")
+        if not options.recipe and not recipe.is_file():
+            raise ValueError(f"{options.resume} is not a run folder: it has no recipe.yaml")
         print(load_recipe(recipe, options.overrides).to_yaml(), end="")
         return 0
     if options.resume:

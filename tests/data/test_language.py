@@ -11,8 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from everlong.data import DataConfig, PackedDataset, TextConfig, corpus, encode_bytes, train_tokenizer
+from everlong.data import (
+    DataConfig,
+    PackedDataset,
+    TextConfig,
+    corpus,
+    encode_bytes,
+    gives_back,
+    load_tokenizer,
+    train_tokenizer,
+)
 from everlong.data.corpus import token_bytes, token_type
 from everlong.data.reading import Piece, read_pieces
 from everlong.data.rows import Text
@@ -407,3 +418,33 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 20_000, "KiB; the text is 44,000"
+
+
+def test_a_text_that_ends_in_a_word_is_one_piece(tmp_path):
+    """It is tokenised as the same text in any other file."""
+    (tmp_path / "a.txt").write_text("hello world and a text hello")
+    assert [piece.text for piece in read_pieces(str(tmp_path / "a.txt"))] == [
+        b"hello world and a text hello"
+    ]
+
+
+def test_names_of_special_tokens_in_a_text_are_text(tmp_path):
+    train_tokenizer(["a few words, told often"] * 9, 270).save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"split_special_tokens": true', '"x": 1'))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.backend_tokenizer.encode("a<eos>b").ids
+    assert tokenizer.eos_token_id not in ids
+    assert gives_back(tokenizer)
+
+
+def test_a_tokenizer_that_loses_text_is_known():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert not gives_back(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+
+
+def test_a_lone_surrogate_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 letter"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl.*text holds half a letter"):
+        list(read_pieces(str(tmp_path / "a.jsonl")))

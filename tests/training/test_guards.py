@@ -8,12 +8,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from everlong.training import NonFiniteError, load_recipe, train
+from everlong.training import NonFiniteError, load_recipe, resume, train
 from everlong.training.guards import Watch, first_not_finite
 from everlong.training.model import build_model
 from everlong.training.recipe import Guards
 from everlong.training.train import EverlongTrainer
-from subjects import SUBJECTS
+from subjects import SEGMENT, SUBJECTS, VOCABULARY, titans
 
 
 def run(path, folder, *overrides):
@@ -89,6 +89,15 @@ def test_steps_are_left_out_where_the_recipe_allows_it(tiny_recipe, tmp_path, mo
         train(run(path, tmp_path / "strict", "--guards.skipped_steps=1"))
 
 
+@pytest.mark.parametrize("bad", [1, 2, 4])
+def test_the_logged_loss_is_that_of_the_other_steps(bad, tiny_recipe, tmp_path, monkeypatch):
+    path = tiny_recipe("titans", max_steps=4, logging_steps=4, learning_rate=1e-9)
+    good = train(run(path, tmp_path / "good"))["loss"]
+    fail_at(monkeypatch, embed_nan, bad)
+    found = train(run(path, tmp_path / "bad", "--guards.skipped_steps=1"))["loss"]
+    assert found == pytest.approx(good, rel=0.02)  # the mean of three steps for that of four
+
+
 def test_a_memory_that_is_carried_starts_anew_where_a_step_is_left_out(
     tiny_recipe, tmp_path, monkeypatch, text_folder
 ):
@@ -104,6 +113,10 @@ def test_a_memory_that_is_carried_starts_anew_where_a_step_is_left_out(
     train(run(path, tmp_path / "run", "--guards.skipped_steps=1"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped" in line] == [2]
+    resumed = run(path, tmp_path / "cut", "--guards.skipped_steps=1", "--training.max_steps=2")
+    train(resumed)  # and a checkpoint at that step can be gone on from
+    monkeypatch.undo()
+    assert resume(tmp_path / "cut", ["--training.max_steps=3"])["steps"] == 3
     assert [line["step"] for line in lines if 1 < line.get("loss", 0) < 6] == [1, 3, 4, 5, 6]
 
 
@@ -138,6 +151,20 @@ def test_every_layer_with_a_memory_is_watched(kind):
     watch.on_train_end(None, None, None)
     model(subject.inputs(2, 9))
     assert watch._memory() is None
+
+
+def test_every_piece_of_a_text_is_watched():
+    """The largest entry counts, wherever in the text the memory had it."""
+    model = titans("lmm", backprop_segments=1)().train()
+    watch = Watch(Guards(), None)
+    watch.on_train_begin(None, None, None, model=model)
+    found = []
+    model.model.layers[0].register_forward_hook(
+        lambda _, __, out: found.append(out.state.momentum[0].abs().max().item())
+    )
+    model(torch.randint(VOCABULARY, (1, 4 * SEGMENT)))
+    assert len(found) == 4
+    assert watch._largest[0] >= max(found)
 
 
 def test_weight_decay_pulls_at_matrices_alone(tiny_recipe):

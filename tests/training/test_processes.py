@@ -207,14 +207,14 @@ def test_what_is_sharded_wants_gpus_and_torchrun(monkeypatch, tiny_recipe):
 
 @pytest.mark.parametrize("fsdp", [True, "full_shard"])
 def test_a_recipe_takes_the_trainers_fsdp_and_stays_as_it_is(monkeypatch, tiny_recipe, fsdp):
-    from everlong.training import recipe
+    from everlong.training import arguments
 
-    monkeypatch.setattr(recipe, "launch_defaults", lambda model, fields: {})
+    monkeypatch.setattr(arguments, "launch_defaults", lambda model, fields: {})
     config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
     loaded = load_recipe(tiny_recipe(fsdp=fsdp, fsdp_config=dict(config)))
-    arguments = recipe.build_training_arguments(loaded)
-    assert arguments.fsdp_plugin_args["fsdp_version"] == 2
-    assert arguments.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
+    built = arguments.build_training_arguments(loaded)
+    assert built.fsdp_plugin_args["fsdp_version"] == 2
+    assert built.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
     assert loaded.training["fsdp_config"] == config
 
 

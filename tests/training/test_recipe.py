@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from everlong import TitansConfig
 from everlong.models.sizes import count_parameters
+from everlong.training.arguments import REFUSED, build_training_arguments
 from everlong.training.model import build_model, build_model_config
 from everlong.training.recipe import (
-    build_training_arguments,
     find_recipe,
     known_recipes,
     load_recipe,
@@ -104,6 +104,16 @@ def test_a_model_at_a_path_goes_on(llama, tmp_path):
     want = llama.state_dict()
     assert all(torch.equal(each, want[name]) for name, each in model.state_dict().items())
     assert model.config.attention_dropout == 0.5
+    with pytest.raises(ValueError, match=r"weights of a model with other layers \(model.layers.1"):
+        build_model(from_path(tmp_path, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("fields", [{}, {"type": "lm2", "segment_length": 16, "num_memory_slots": 4}])
+def test_half_precision_at_a_path_is_trained_in_full(fields, llama, tmp_path):
+    llama.to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    assert {each.dtype for each in build_model(from_path(tmp_path, **fields)).parameters()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,11 +132,19 @@ def test_a_model_at_a_path_gets_a_memory(kind, fields, llama, tmp_path):
         ({"attention_drop": 0.5}, "model.attention_drop: did you mean model.attention_dropout"),
         ({"type": "llama"}, "leave type out to go on.*one of lm2, rmt"),
         ({"type": "lm2", "slots": 3}, "unknown field model.slots"),
+        ({"parameters": 1000}, "model.parameters: the model at model.path has its size"),
+        ({"path": 5}, "model.path is a folder or hub id, got 5"),
     ],
 )
 def test_a_model_at_a_path_that_cannot_be_had(fields, message, llama, tmp_path):
     with pytest.raises(ValueError, match=message):
         from_path(tmp_path, **fields)
+
+
+def test_a_memory_that_cannot_be_given_is_one_error(llama, tmp_path):
+    recipe = from_path(tmp_path, type="lm2", segment_length=16, num_memory_slots=0)
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*num_memory_slots"):
+        build_model(recipe)
 
 
 def test_a_whole_number_is_a_number(tiny_recipe):
@@ -145,6 +163,11 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--evaluation.tasks=[x]", "unknown evaluation.tasks 'x': known are needle, babi"),
         ("--evaluation.samples=0", "evaluation.samples must be at least 1, got 0"),
         ("--guards.max_memory=0", "guards.max_memory must be positive.*got 0.0 and 0"),
+        ("--training.gradient_accumulation_steps=0", "steps must be at least 1, got 0"),
+        ("--training.report_to=tensorboard", "report_to: TensorBoard has its logs"),
+        ("--training.save_strategy=best", "save_strategy: checkpoints are kept by their steps"),
+        ("--training.save_strategy=often", "often"),
+        ("--evaluation.tasks=[babi]", "babi needs the folder of its files"),
         ("--guards.skip=1", "unknown field guards.skip"),
         ("--training.seed=1", "set seed at the top"),
         ("--model.hiden_size=3", "model.hiden_size: did you mean model.hidden_size?"),
@@ -196,6 +219,18 @@ def test_shipped_recipes_load_by_name(name):
         data = ["--data.tokenizer=bytes", "--training.bf16=false"]
     assert load_recipe(name, data).name == name
     assert find_recipe(f"recipes/{name}.yaml") is not None
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_arguments_that_would_not_do_what_they_say_are_refused(name, tiny_recipe):
+    with pytest.raises(ValueError, match=rf"training.{name}: .*leave it out"):
+        load_recipe(tiny_recipe(), [f"--training.{name}=1"])
+
+
+def test_no_is_a_strategy(tiny_recipe):
+    recipe = load_recipe(tiny_recipe(), ["--training.save_strategy=no", "--training.eval_strategy=no"])
+    arguments = build_training_arguments(recipe)
+    assert (arguments.save_strategy, arguments.eval_strategy) == ("no", "no")
 
 
 def test_the_language_models_are_of_equal_size_and_read_the_same():

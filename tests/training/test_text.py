@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import TINY_MODELS
 from everlong.data import TextConfig, train_tokenizer
 from everlong.models import MemoryCache, TitansForCausalLM
 from everlong.training import load_recipe, resume, train
 from everlong.training.carry import MemoryTrainer
+from everlong.training.fit import RESTART
 from everlong.training.model import build_model_config
 
 MODELS = {
@@ -211,7 +212,7 @@ def test_streams_want_a_memory(recipe, model):
 
 @pytest.mark.parametrize("model", ["mamba2", "gated_deltanet"])
 def test_models_that_cannot_restart_read_joined_documents(recipe, tmp_path, model):
-    with pytest.raises(ValueError, match=f"{model} cannot restart .*use data.documents: join"):
+    with pytest.raises(ValueError, match=f"{model} are not known to restart .* data.documents: join"):
         load_recipe(recipe(model))
     assert train(run(recipe(model, {"documents": "join"}, max_steps=1), tmp_path / "run"))["steps"] == 1
 
@@ -295,3 +296,32 @@ def test_bits_a_byte_are_those_of_the_text_whatever_the_tokens_are(recipe, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [line["step"] for line in lines if "bits_per_byte" in line]
     assert found == [2, 4, 6]
+
+
+@pytest.mark.parametrize("kind", RESTART)
+def test_models_of_transformers_that_restart(kind):
+    """What a packed document gives does not depend on the one before it."""
+    names = {"gpt2": ("n_embd", "n_layer", "n_head"), "gptj": ("n_embd", "n_layer", "n_head")}
+    width, layers, heads = names.get(kind, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    fields = {width: 32, layers: 2, heads: 2, "vocab_size": 50}
+    if kind in ("gpt2", "gptj"):
+        fields |= {"n_positions": 64} | ({"rotary_dim": 8} if kind == "gptj" else {})
+    else:
+        fields |= {"intermediate_size": 32}
+    if kind in ("llama", "mistral", "qwen2", "qwen3"):
+        fields |= {"num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    ids, positions = torch.randint(50, (1, 20)), torch.cat([torch.arange(8), torch.arange(12)])[None]
+    other = ids.clone()
+    other[:, :8] = torch.randint(50, (1, 8))
+    with torch.no_grad():
+        a, b = (model(x, position_ids=positions, use_cache=False).logits[:, 8:] for x in (ids, other))
+    assert torch.equal(a, b)
+
+
+def test_a_table_of_positions_that_is_too_short_is_named(tiny_recipe, tmp_path):
+    path = tmp_path / "gpt2.yaml"
+    path.write_text("{model: {type: gpt2, n_positions: 64}, training: {max_steps: 1}}")
+    with pytest.raises(ValueError, match="length is 512, but .* gpt2 has a table of 64 positions"):
+        load_recipe(path)

@@ -84,6 +84,7 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_recipe, tmp_path):
     train(recipe, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
+    run(tiny_recipe(), tmp_path / "mine").save(tmp_path / "mine")  # anybody may have such a file
     with pytest.raises(ValueError, match="holds files of no run"):
         train(run(tiny_recipe(), tmp_path / "mine"), overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
@@ -205,14 +206,51 @@ def test_resuming_nothing_is_refused(tiny_recipe, tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no recipe\.yaml"):
         resume(tmp_path)
     run(tiny_recipe(), tmp_path).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no provenance\.json"):
+        resume(tmp_path)
+    (tmp_path / "provenance.json").write_text("{}")
     (tmp_path / "result.json").touch()
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         resume(tmp_path)
+    with pytest.raises(ValueError, match="resumed in its own folder"):
+        resume(tmp_path, ["--output_dir=elsewhere"])
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tiny_recipe, tmp_path):
+    """And leaves alone what somebody has put beside it."""
     run(tiny_recipe(), tmp_path).save(tmp_path)
+    (tmp_path / "provenance.json").write_text("{}")
+    (tmp_path / "thesis.txt").write_text("mine")
     assert resume(tmp_path)["steps"] == 6
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(name, tiny_recipe, tmp_path):
+    train(run(tiny_recipe(max_steps=2), tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-2 has no {name.partition('.')[0]}: delete it"):
+        resume(tmp_path / "run", ["--training.max_steps=4"])
+
+
+def test_a_run_is_not_resumed_to_its_past(tiny_recipe, tmp_path):
+    train(run(tiny_recipe(max_steps=4, save_steps=2), tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"checkpoint-4 is past training.max_steps = 3"):
+        resume(tmp_path / "run", ["--training.max_steps=3"])
+
+
+def test_the_last_loss_is_logged_wherever_the_logs_fall(tiny_recipe, tmp_path):
+    result = train(run(tiny_recipe(max_steps=6, logging_steps=4), tmp_path / "run"))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [4, 6]
+    assert lines(tmp_path / "run")[-1]["loss"] == result["loss"]
+
+
+def test_resuming_what_has_ended_logs_nothing_twice(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(max_steps=4, eval_strategy="steps", eval_steps=2)
+    train(run(recipe, tmp_path / "run"))
+    before = [(line["step"], sorted(line)) for line in lines(tmp_path / "run")]
+    resume(tmp_path / "run")
+    assert [(line["step"], sorted(line)) for line in lines(tmp_path / "run")] == before
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tiny_recipe, tmp_path):

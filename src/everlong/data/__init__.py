@@ -8,7 +8,7 @@ from .needle import NeedleConfig
 from .reading import read_pieces
 from .rows import PackedDataset, StreamedDataset, StreamsDataset
 from .text import Document, load_text, split
-from .tokenizer import byte_tokenizer, encode_bytes, load_tokenizer, train_tokenizer
+from .tokenizer import byte_tokenizer, encode_bytes, gives_back, load_tokenizer, train_tokenizer
 
 HAYSTACKS: dict[str, type[HaystackConfig]] = {"needle": NeedleConfig, "babi": BabiConfig}
 TASKS: dict[str, type[DataConfig]] = {**HAYSTACKS, "text": TextConfig}
@@ -28,6 +28,7 @@ __all__ = [
     "TextConfig",
     "byte_tokenizer",
     "encode_bytes",
+    "gives_back",
     "load_text",
     "load_tokenizer",
     "read_pieces",

@@ -117,14 +117,15 @@ class TextConfig(DataConfig):
 
     def fingerprint(self) -> str:
         """A hash of the tokens; of a streamed text, of the names, sizes and times of its files."""
-        coder = self._coder(self.build_tokenizer())
+        tokenizer = self.build_tokenizer()
+        coder = self._coder(tokenizer)
         if self.streaming:
             keys: list[Any] = [self._key(self.source, self.split, coder)]
             if self.validation_source:
                 keys.append(self._key(self.validation_source, self.validation_split, coder))
         else:
             keys = [corpus.fingerprint for corpus in self._corpora(coder)]
-        text = json.dumps([*keys, self.held_out], sort_keys=True)
+        text = json.dumps([*keys, self.held_out, tokenizer.eos_token_id], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _test(self, text: Text, sizes: np.ndarray) -> PackedDataset:

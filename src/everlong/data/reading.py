@@ -109,7 +109,7 @@ def _text_file(path: Path) -> Iterator[Piece]:
     with path.open("rb") as file:
         while block := file.read(PIECE):
             text = rest + block
-            end = _cut(text)
+            end = _cut(text) if len(block) == PIECE and file.peek(1) else len(text)
             text, rest = text[:end], text[end:]
             _check_text(path, text, place)
             place += len(text)
@@ -216,6 +216,8 @@ def _text_of(row: Any, column: str, where: str) -> str:
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: {column} holds {str(text)[:40]!r}, which is no text")
+    if text is not None and not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+        raise ValueError(f"{where}: {column} holds half a letter (a lone surrogate), which is no text")
     return text or ""
 
 

@@ -72,7 +72,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer {name} is slow: everlong takes those with a tokenizer.json")
     backend.no_truncation()  # some are saved with the length of their model
     backend.no_padding()
+    backend.encode_special_tokens = True  # in a text their names are text
     return tokenizer
+
+
+def gives_back(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether tokens stand for all of a text, so that its bytes can be counted by them."""
+    text = "The 3rd DOG, naïve:\n\n\tit runs  away (42)."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -63,7 +63,7 @@ class MemoryTrainer(Trainer):
                 "processes as saved it, or train anew with --overwrite"
             )
         memory = MemoryCache.load(file, self.args.device)
-        if memory.batch_size != self.args.train_batch_size:
+        if memory.batch_size not in (-1, self.args.train_batch_size):  # -1: of a step that was left out
             raise ValueError(
                 f"{file} is the memory of {memory.batch_size} rows, but a batch has "
                 f"{self.args.train_batch_size}: resume with the batch size that it was saved with"

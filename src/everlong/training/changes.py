@@ -12,7 +12,7 @@ from .recipe import Recipe
 PROVENANCE_FILE = "provenance.json"
 MISSING = "nothing"
 # Fields that may change within a run; any other would make another run of it.
-FREE = ("training.", "evaluation.", "guards.", "name", "output_dir")
+FREE = ("training.", "evaluation.", "guards.", "data.cache_folder", "name", "output_dir")
 
 
 def identity(recipe: Recipe, samples_per_step: int, processes: int) -> dict[str, Any]:

@@ -19,3 +19,17 @@ def describe_last(folder: str | Path) -> str:
     """The same in words, for messages."""
     checkpoint = last_checkpoint(folder)
     return f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+
+
+def check_whole(checkpoint: str, max_steps: int) -> None:
+    """Refuse a checkpoint that lacks what another run would begin anew, or that is past max_steps."""
+    step, there = int(checkpoint.rpartition("-")[2]), {path.name for path in Path(checkpoint).iterdir()}
+    if step > max_steps:
+        raise ValueError(
+            f"{checkpoint} is past training.max_steps = {max_steps}: give more of them, or delete it"
+        )
+    for part in ("optimizer", "scheduler", "rng_state"):
+        if not any(name.startswith(part) for name in there):
+            raise ValueError(
+                f"{checkpoint} has no {part}: delete it and resume again, from the one before it"
+            )

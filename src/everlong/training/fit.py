@@ -9,6 +9,11 @@ from everlong.data import DataConfig, TextConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Models of transformers whose attention stays within documents that position_ids tell apart, as tests
+# say. Others look beyond (OPT, Falcon), or read recurrently.
+RESTART = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj", "phi")
+LEARNT = ("gpt2", "gpt_neo", "opt", "biogpt")  # positions that are a table
+
 
 def check_fit(data: DataConfig, config: PretrainedConfig) -> None:
     """Refuse a layout of text that models of this configuration cannot read."""
@@ -16,6 +21,13 @@ def check_fit(data: DataConfig, config: PretrainedConfig) -> None:
 
     from everlong.models.stateful import StatefulPreTrained
 
+    longest = getattr(config, "max_position_embeddings", None)
+    if config.model_type in LEARNT and longest is not None and data.length > longest:
+        raise ValueError(
+            f"data.length is {data.length}, but a model of type {config.model_type} has a table of "
+            f"{longest} positions: give model.{config.attribute_map.get('max_position_embeddings')} or a "
+            "shorter length"
+        )
     if not isinstance(data, TextConfig) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -25,9 +37,8 @@ def check_fit(data: DataConfig, config: PretrainedConfig) -> None:
             "data.layout: streams carries a memory from row to row, and "
             f"a model of type {config.model_type} has none that everlong can carry: use layout: packed"
         )
-    # Recurrent models of transformers read through position_ids that restart.
-    if data.documents == "restart" and getattr(model, "_is_stateful", False) and not has_memory:
+    if data.documents == "restart" and not has_memory and config.model_type not in RESTART:
         raise ValueError(
-            f"a model of type {config.model_type} cannot restart at a document within a row: "
-            "use data.documents: join"
+            f"models of type {config.model_type} are not known to restart at a document within a row: "
+            f"use data.documents: join, or one of {', '.join(RESTART)}"
         )

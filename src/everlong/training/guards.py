@@ -15,6 +15,7 @@ from everlong.models.stateful import BlockOutput, StatefulDecoder
 
 from .checkpoint import describe_last
 from .processes import ProcessLost, any_process
+from .progress import TrainingProgress
 from .recipe import Guards
 from .sharding import whole
 
@@ -30,12 +31,12 @@ class Watch(TrainerCallback):
     `guards` allows for it.
 
     A memory is what a layer hands on: the largest entry of each layer's state is taken as it goes by.
-    report: told of each step that is left out, by its number (from 1) and the reason.
+    progress: told of each loss that is not finite, and of each step that is left out.
     """
 
-    def __init__(self, guards: Guards, report: Any) -> None:
+    def __init__(self, guards: Guards, progress: TrainingProgress) -> None:
         self.guards = guards
-        self.report = report
+        self.progress = progress
         self.skipped = 0  # in a row
         self._largest: dict[int, Tensor] = {}  # by layer
         self._hooks: list[Any] = []
@@ -63,6 +64,8 @@ class Watch(TrainerCallback):
         """Raise NonFiniteError for a loss or memory of this step, naming the layer."""
         what = self._memory()
         bad = what is not None or not (self.lenient or bool(torch.isfinite(loss)))
+        if not torch.isfinite(loss):
+            self.progress.not_finite(trainer.state.global_step + 1)
         if not any_process(bad):
             return
         if not bad:
@@ -94,7 +97,7 @@ class Watch(TrainerCallback):
             raise NonFiniteError(_stopped(what, args, state))
         for parameter in model.parameters():  # AdamW passes over what has no gradient
             parameter.grad = None
-        self.report(state.global_step + 1, what)
+        self.progress.skipped(state.global_step + 1, what)
 
     def _take(self, layer: int, output: Any) -> None:
         # Layers of LM2's positions also hand out what the next layer's bank wants to know.
@@ -106,7 +109,8 @@ class Watch(TrainerCallback):
         ]
         if floats:
             entries = [leaf.detach().abs().amax().float() for leaf in floats]
-            self._largest[layer] = torch.stack(entries).max()
+            before = self._largest.get(layer, entries[0])  # of other pieces of the text
+            self._largest[layer] = torch.stack([before, *entries]).max()
 
     def _memory(self) -> str | None:
         """What is wrong with the memories that went by since the last call."""

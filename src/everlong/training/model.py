@@ -50,7 +50,10 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
     """The recipe's model, with fresh weights, or with those at `model.path`."""
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from everlong.models.stateful import cast_parameters
 
     if "path" not in recipe.model:
         return AutoModelForCausalLM.from_config(build_model_config(recipe))
@@ -58,10 +61,22 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     path, kind = fields.pop("path"), fields.pop("type", None)
     try:
         if kind is not None:
-            return WRAPPED[kind](path, fields)
-        return AutoModelForCausalLM.from_pretrained(path, config=build_model_config(recipe))
-    except (OSError, RuntimeError) as error:
+            model = WRAPPED[kind](path, fields)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path, config=build_model_config(recipe), output_loading_info=True
+            )
+    except Exception as error:  # transformers raises several kinds, all of them about files and fields
         raise ValueError(f"model.path {path} cannot be loaded: {one_line(error)}") from error
+    if kind is None:
+        other = sorted([*loading["missing_keys"], *loading["unexpected_keys"]])
+        if other:
+            raise ValueError(
+                f"model.path {path} holds the weights of a model with other layers ({other[0]} and "
+                f"{len(other) - 1} more do not fit): leave out the fields that change them"
+            )
+    # Weights that are stored in half precision are trained in full.
+    return cast_parameters(model, torch.float32)
 
 
 def _lm2_from(path: str, fields: dict[str, Any]) -> PreTrainedModel:
@@ -87,6 +102,11 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
 
     fields = {**recipe.model}
     path, kind = fields.pop("path"), fields.pop("type", None)
+    for name in ("parameters", "preset"):
+        if name in fields:
+            raise ValueError(f"model.{name}: the model at model.path has its size; leave it out")
+    if not isinstance(path, str):
+        raise ValueError(f"model.path is a folder or hub id, got {path!r}")
     try:
         found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

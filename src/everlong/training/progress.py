@@ -63,7 +63,8 @@ class TrainingProgress(TrainerCallback):
         self._seconds_before = 0.0
         self._started: float | None = None
         self._last = (0.0, 0)
-        self._logged_at = self._left_out = 0  # steps, and those without a loss since then
+        self._logged_at = 0
+        self._not_finite: set[int] = set()  # steps since then
 
     @property
     def seconds(self) -> float:
@@ -95,12 +96,17 @@ class TrainingProgress(TrainerCallback):
         self._started = time.perf_counter()
         self._last = (self.seconds, state.num_input_tokens_seen)
         self._logged_at = state.global_step
+        held_out = [line for line in kept if "eval_loss" in line]
+        self.held_out = dict(held_out[-1]) if held_out else {}
+        self.held_out.pop("seconds", None)
         self.task = self.bar.add_task(
             "train", total=state.max_steps, completed=state.global_step, status=""
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
+        if state.global_step >= state.max_steps:  # the last loss too, wherever logging_steps end
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:
@@ -114,10 +120,13 @@ class TrainingProgress(TrainerCallback):
             self.bar.console.print(text)
         if "loss" not in logs:
             return
-        left_out, self._left_out = self._left_out, 0
+        # The Trainer has taken losses that are not finite as 0.
+        left_out, self._not_finite = len(self._not_finite), set()
         steps, self._logged_at = state.global_step - self._logged_at, state.global_step
         if left_out == steps:
+            logs.pop("loss")
             return
+        logs["loss"] *= steps / (steps - left_out)
         seconds, tokens = self.seconds, state.num_input_tokens_seen
         speed = (tokens - self._last[1]) / max(seconds - self._last[0], 1e-9)
         self._last = (seconds, tokens)
@@ -138,9 +147,12 @@ class TrainingProgress(TrainerCallback):
         self.bar.update(self.task, status=status)
         self.bar.console.print(f"step {state.global_step:6d}  {status}")
 
+    def not_finite(self, step: int) -> None:
+        """Leave the loss of a step out of what is logged."""
+        self._not_finite.add(step)
+
     def skipped(self, step: int, reason: str) -> None:
         """Note a step that was left out."""
-        self._left_out += 1
         self._write({"step": step, "skipped": reason})
         self.bar.console.print(f"step {step:6d}  left out: {reason}")
 

@@ -13,25 +13,22 @@ seed, output_dir, name: see Recipe
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any
 
 import yaml
 
-from everlong.data import HAYSTACKS, TASKS, DataConfig, NeedleConfig
+from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
+from everlong.data.tokenizer import BYTES
 from everlong.provenance import RECIPE_FILE
 
+from .arguments import build_training_arguments
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
 from .names import check_names, one_line
-from .processes import launch_defaults
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 
 @dataclass
@@ -66,9 +63,10 @@ class Evaluation:
 class Guards:
     """What stops a run before it is spoilt.
 
-    max_memory: the largest entry that a memory may come to have.
+    max_memory: the largest entry that a layer's memory may come to have. (An RMT's, rows behind a norm,
+        is not looked at.)
     skipped_steps: how many steps in a row may be left out, because their loss or gradient is not
-        finite, before the run stops; 0 stops it at the first.
+        finite, before the run stops; 0 stops it at the first. The schedule goes on meanwhile.
     """
 
     max_memory: float = 1e4
@@ -153,51 +151,26 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     config = build_model_config(loaded)
     if loaded.model.get("type") not in WRAPPED:  # these read all there is
         check_fit(loaded.data, config)
+    _check_tasks(loaded)
     build_training_arguments(loaded)
     return loaded
 
 
-def build_training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's `training` part as transformers knows it, over everlong's own defaults."""
-    import torch
-    from transformers import TrainingArguments
-
-    fields = recipe.training
-    for name in ("seed", "output_dir"):
-        if name in fields:
-            raise ValueError(f"training.{name}: set {name} at the top of the recipe instead")
-    hints = get_type_hints(TrainingArguments)
-    valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
-    check_names(fields, valid, "training.")
-    hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
-    defaults = {
-        **launch_defaults(recipe.model, fields),
-        "disable_tqdm": True,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "include_num_input_tokens_seen": "non_padding",
-        "logging_steps": 10,
-        # Everlong stops at a loss that is not finite; transformers would log the last good one. Where
-        # such steps are left out, so are their losses.
-        "logging_nan_inf_filter": recipe.guards.skipped_steps > 0,
-        "save_total_limit": 2,
-        # Samples come in the order of training steps: their lengths follow it.
-        "train_sampling_strategy": "sequential",
-    }
-    try:
-        # A copy: transformers fills fsdp_config in place, and the recipe is to stay as it is.
-        typed = _typed(copy.deepcopy(fields), {name: hints[name] for name in fields})
-        arguments = TrainingArguments(
-            output_dir=str(recipe.run_folder), seed=recipe.seed, **{**defaults, **typed}
-        )
-    except Exception as error:  # transformers raises several kinds, all of them about the fields
-        raise ValueError(f"training: {one_line(error)}") from error
-    if arguments.max_steps <= 0:
-        raise ValueError(
-            "training.max_steps must be given and positive: samples are made as training goes, "
-            f"there are no epochs of them; got {arguments.max_steps}"
-        )
-    return arguments
+def _check_tasks(recipe: Recipe) -> None:
+    """Refuse tasks to score on at the end that could not be: the training would be over by then."""
+    for task in recipe.evaluation.tasks:
+        own = isinstance(recipe.data, HAYSTACKS[task])
+        if task == "babi" and not own:
+            raise ValueError(
+                "evaluation.tasks: babi needs the folder of its files, which a recipe of that task "
+                "names: leave it out, and run `everlong eval --tasks babi --stories FOLDER` afterwards"
+            )
+        if getattr(recipe.data, "tokenizer", BYTES) != BYTES:
+            raise ValueError(f"evaluation.tasks: {task} is scored on bytes; data.tokenizer is another")
+        config = recipe.data if own else HAYSTACKS[task]()
+        assert isinstance(config, HaystackConfig)
+        for length in recipe.evaluation.lengths:
+            replace(config.plain(), length=length).datasets(1)
 
 
 _PARTS = {"evaluation": Evaluation, "guards": Guards}
@@ -272,12 +245,3 @@ def _inner_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             others.append(option)
     return fields, others
-
-
-def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    for name, type_ in types.items():
-        parser.add_argument(f"--{name}", type=type_)
-    return parser.parse_object(values).as_dict()

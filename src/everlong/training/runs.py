@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .changes import flat_fields
+from .names import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
@@ -34,7 +34,7 @@ class Run:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """Its recipe, as it stands in the file."""
-        return yaml.safe_load((self.folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}
+        return self._read(RECIPE_FILE)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -44,8 +44,20 @@ class Run:
     @cached_property
     def result(self) -> dict[str, Any]:
         """What it came to; empty if it has not ended."""
-        file = self.folder / RESULT_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return self._read(RESULT_FILE) if (self.folder / RESULT_FILE).is_file() else {}
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of its recipe; empty where it holds no fields."""
+        found = self.recipe.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))  # which JSON is too
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+        return values if isinstance(values, dict) else {}
 
     def last(self, name: str) -> Any:
         """The last value of a name in the log; None if there is none."""
@@ -54,8 +66,8 @@ class Run:
     @property
     def steps(self) -> str:
         """How far it is, and how far it is to go."""
-        wanted = self.recipe.get("training", {}).get("max_steps")
-        if self.result:
+        wanted = self.part("training").get("max_steps")
+        if "steps" in self.result:
             return f"{self.result['steps']:,}"
         return f"{self.last('step') or 0:,}/{wanted:,}" if wanted else "?"
 
@@ -82,7 +94,7 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
     for name in ("size", "steps", "tokens", "loss", "held out", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        model = run.recipe.get("model", {})
+        model = run.part("model")
         table.add_row(
             str(run.folder),
             str(model.get("preset") or model.get("type") or model.get("path")),

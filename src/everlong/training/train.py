@@ -37,16 +37,18 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from everlong.data import gives_back
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
 
+from .arguments import build_training_arguments
 from .carry import MemoryTrainer
 from .changes import PROVENANCE_FILE, check_changes, identity
-from .checkpoint import describe_last, last_checkpoint
+from .checkpoint import check_whole, describe_last, last_checkpoint
 from .guards import Watch
 from .model import build_model
 from .processes import any_process, is_main, lost_processes, together
 from .progress import TrainingProgress
-from .recipe import Recipe, build_training_arguments, load_recipe
+from .recipe import Recipe, load_recipe
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 
@@ -68,7 +70,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     folder = recipe.run_folder
     with together():
         _check_folder(folder, overwrite)
-    return _run(replace(recipe, output_dir=str(folder)), checkpoint=None)
+    return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -77,10 +79,15 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     A run that was killed before its first one starts anew. overrides: as for `load_recipe`, over the
     run's own recipe.
     """
-    if not Path(folder, RECIPE_FILE).is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no {RECIPE_FILE}")
+    for file in (RECIPE_FILE, PROVENANCE_FILE):
+        if not Path(folder, file).is_file():
+            raise ValueError(f"{folder} is not a run folder: it has no {file}")
+    if any(option.partition("=")[0] == "--output_dir" for option in overrides):
+        raise ValueError("a run is resumed in its own folder: leave --output_dir out")
     recipe = load_recipe(Path(folder, RECIPE_FILE), overrides)
     checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        check_whole(checkpoint, recipe.training.get("max_steps", 0))
     if checkpoint is None and Path(folder, RESULT_FILE).is_file():
         raise ValueError(
             f"{folder} holds no checkpoint to resume from: "
@@ -95,7 +102,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"output_dir {folder} is a file: name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / RECIPE_FILE).is_file():
+    if not ((folder / RECIPE_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
         raise ValueError(f"output_dir {folder} holds files of no run of everlong: name another")
     if not overwrite:
         raise ValueError(
@@ -105,8 +112,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 @lost_processes()
-def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
-    """Train from a checkpoint, or from the start in an emptied folder."""
+def _run(recipe: Recipe, checkpoint: str | None, *, emptied: bool = False) -> dict[str, Any]:
+    """Train from a checkpoint, or from the start; emptied: of all that is in the folder."""
     arguments = build_training_arguments(recipe)
     folder = recipe.run_folder
     with together():
@@ -117,7 +124,7 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         model = build_model(recipe)
     with together():
         if is_main():
-            _prepare_folder(recipe, about, emptied=checkpoint is None)
+            _prepare_folder(recipe, about, emptied=emptied)
     with together():
         if not (folder / RECIPE_FILE).is_file():
             raise ValueError(
@@ -126,11 +133,11 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
             )
 
     held_out = Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data))))
-    progress = TrainingProgress(
-        folder, recipe.data.length_at, _bytes_per_label(held_out), shown=is_main()
-    )
+    tokenizer = recipe.data.build_tokenizer()
+    size = _bytes_per_label(held_out) if gives_back(tokenizer) else None
+    progress = TrainingProgress(folder, recipe.data.length_at, size, shown=is_main())
     interrupt = _Interrupt()
-    watch = Watch(recipe.guards, progress.skipped)
+    watch = Watch(recipe.guards, progress)
     trainer = EverlongTrainer(
         watch=watch,
         model=model,
@@ -138,7 +145,7 @@ def _run(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         train_dataset=train_data,
         eval_dataset=held_out,
         data_collator=_collate,
-        processing_class=recipe.data.build_tokenizer(),
+        processing_class=tokenizer,
         callbacks=[progress, interrupt, watch],
     )
     if is_main():
@@ -173,8 +180,8 @@ def _prepare_folder(recipe: Recipe, about: dict[str, Any], *, emptied: bool) -> 
     if emptied and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder)
     _write_json(folder / PROVENANCE_FILE, {"seed": recipe.seed, **provenance(), **about})
+    recipe.save(folder)
 
 
 def _write_result(
@@ -201,7 +208,7 @@ def _tensorboard(folder: Path, checkpoint: str | None) -> TrainerCallback:
     """Logs for TensorBoard; what a checkpoint's run logged behind it is dropped."""
     from tensorboardX import SummaryWriter
 
-    step = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else None
+    step = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else 0
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
 
 
@@ -311,9 +318,12 @@ class EverlongTrainer(MemoryTrainer):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.watch.check_loss(loss, model, inputs, self)
-        if self.memory is not None and not torch.isfinite(loss):
-            self.carry_memory()  # the step will be left out, and what it remembers is of no use
-        return loss
+        if torch.isfinite(loss):
+            return loss
+        # The step will be left out, and what it remembers is of no use.
+        if self.memory is not None:
+            self.carry_memory()
+        return torch.zeros_like(loss)
 
 
 def _interrupted(folder: Path) -> str:

@@ -1,0 +1,112 @@
+"""The `training` part of a recipe: the arguments of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from .names import check_names, one_line
+from .processes import launch_defaults
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .recipe import Recipe
+
+STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+ELSEWHERE = "it has no effect here"
+# Arguments that would do something else than they say, and why.
+REFUSED = {
+    "accelerator_config": "samples would be divided in another way than the recipe counts them",
+    "auto_find_batch_size": "samples would be divided in another way than the recipe counts them",
+    "data_seed": "set seed at the top of the recipe instead",
+    "do_eval": ELSEWHERE,
+    "do_predict": ELSEWHERE,
+    "do_train": ELSEWHERE,
+    "ignore_data_skip": "a resumed run would read the first samples again",
+    "include_num_input_tokens_seen": "tokens are counted always",
+    "label_names": "labels have one name",
+    "label_smoothing_factor": "the Trainer's own loss does not shift the labels of these models",
+    "load_best_model_at_end": "the best checkpoint is not kept apart: evaluate the checkpoints instead",
+    "num_train_epochs": "samples are made as training goes: give max_steps",
+    "output_dir": "set output_dir at the top of the recipe instead",
+    "push_to_hub": "push the finished folder instead",
+    "remove_unused_columns": ELSEWHERE,
+    "resume_from_checkpoint": "everlong train --resume RUN_FOLDER does that",
+    "save_only_model": "such a run could not be resumed",
+    "seed": "set seed at the top of the recipe instead",
+    "train_sampling_strategy": "samples come in the order of training steps",
+    "use_cache": "documents in a row would see each other",
+}
+
+
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` part as transformers knows it, over everlong's own defaults."""
+    import torch
+    from transformers import TrainingArguments
+
+    fields = recipe.training
+    hints = get_type_hints(TrainingArguments)
+    valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
+    check_names(fields, valid, "training.")
+    _check_refused(fields)
+    hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
+    defaults = {
+        **launch_defaults(recipe.model, fields),
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_steps": 10,
+        # Everlong stops at a loss that is not finite; transformers would log the last good one.
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        # Samples come in the order of training steps: their lengths follow it.
+        "train_sampling_strategy": "sequential",
+    }
+    try:
+        # A copy: transformers fills fsdp_config in place, and the recipe is to stay as it is.
+        given = copy.deepcopy({name: value for name, value in fields.items() if name not in STRATEGIES})
+        typed = _typed(given, {name: hints[name] for name in given})
+        for name in STRATEGIES:
+            if name in fields:  # YAML takes "no" for False
+                typed[name] = "no" if fields[name] is False else fields[name]
+        arguments = TrainingArguments(
+            output_dir=str(recipe.run_folder), seed=recipe.seed, **{**defaults, **typed}
+        )
+    except Exception as error:  # transformers raises several kinds, all of them about the fields
+        raise ValueError(f"training: {one_line(error)}") from error
+    _check_values(arguments)
+    return arguments
+
+
+def _check_refused(fields: dict[str, Any]) -> None:
+    for name, reason in REFUSED.items():
+        if name in fields:
+            raise ValueError(f"training.{name}: {reason}; leave it out")
+    reports = fields.get("report_to") or []
+    if "tensorboard" in ([reports] if isinstance(reports, str) else reports):
+        raise ValueError("training.report_to: TensorBoard has its logs in any run folder; leave it out")
+    if str(fields.get("save_strategy")) == "best":
+        raise ValueError("training.save_strategy: checkpoints are kept by their steps: use steps")
+
+
+def _check_values(arguments: TrainingArguments) -> None:
+    if arguments.max_steps <= 0:
+        raise ValueError(
+            "training.max_steps must be given and positive: samples are made as training goes, "
+            f"there are no epochs of them; got {arguments.max_steps}"
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    for name, type_ in types.items():
+        parser.add_argument(f"--{name}", type=type_)
+    return parser.parse_object(values).as_dict()
