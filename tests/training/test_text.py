@@ -323,5 +323,5 @@ def test_models_of_transformers_that_restart(kind):
 def test_a_table_of_positions_that_is_too_short_is_named(tiny_recipe, tmp_path):
     path = tmp_path / "gpt2.yaml"
     path.write_text("{model: {type: gpt2, n_positions: 64}, training: {max_steps: 1}}")
-    with pytest.raises(ValueError, match="length is 512, but .* gpt2 has a table of 64 positions"):
+    with pytest.raises(ValueError, match=r"length is 512, but .* gpt2 has a table of 64 positions"):
         load_recipe(path)

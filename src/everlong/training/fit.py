@@ -23,10 +23,10 @@ def check_fit(data: DataConfig, config: PretrainedConfig) -> None:
 
     longest = getattr(config, "max_position_embeddings", None)
     if config.model_type in LEARNT and longest is not None and data.length > longest:
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         raise ValueError(
             f"data.length is {data.length}, but a model of type {config.model_type} has a table of "
-            f"{longest} positions: give model.{config.attribute_map.get('max_position_embeddings')} or a "
-            "shorter length"
+            f"{longest} positions: give a larger model.{name}, or a shorter length"
         )
     if not isinstance(data, TextConfig) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
