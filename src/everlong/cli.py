@@ -13,12 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from everlong import __version__
-
-if TYPE_CHECKING:
-    from everlong.training import Recipe
 
 TASKS = ("needle", "babi")
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
@@ -254,22 +250,26 @@ def _train(options: argparse.Namespace) -> int:
         f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "
         f"The model is in {folder}"
     )
-    _score(folder, load_recipe(folder / "recipe.yaml"))
+    _score(folder)
     return 0
 
 
-def _score(folder: Path, recipe: Recipe) -> None:
+def _score(folder: Path) -> None:
     """Score a trained model on what its recipe asks for."""
-    asked = recipe.evaluation
-    for task in asked.tasks:
+    import yaml
+
+    # Not by load_recipe: the other processes have left, and it would wait for them.
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    asked = recipe["evaluation"]
+    for task in asked["tasks"]:
         _evaluate(
             argparse.Namespace(
                 models=[str(folder)],
                 tasks=task,
-                lengths=",".join(map(str, asked.lengths)),
-                samples=asked.samples,
+                lengths=",".join(map(str, asked["lengths"])),
+                samples=asked["samples"],
                 out=str(folder / "evaluation" / task),
-                seed=recipe.seed,
+                seed=recipe["seed"],
                 source=None,
                 stories=None,
                 passages=0,

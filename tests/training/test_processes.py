@@ -19,7 +19,10 @@ from everlong.training.processes import ProcessLost, launch_defaults, lost_proce
 from everlong.training.sharding import check_kind
 
 HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+# On a port that is free: another worker may have started its own.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# One worker makes what most of these tests look at.
+pytestmark = pytest.mark.xdist_group("processes")
 SHORT = "lm2-short"  # what is never used has no moments in one process, and moments of zero in pieces
 
 
@@ -106,7 +109,8 @@ def test_what_some_processes_have_written_in_pieces_others_go_on_from(folder, na
 def test_the_main_process_has_the_folder_and_the_terminal(tiny_recipe, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint-1").mkdir(parents=True)
-    (run / "recipe.yaml").touch()
+    for name in ("recipe.yaml", "provenance.json"):
+        (run / name).touch()
     path = tiny_recipe("titans", eval_strategy="steps", eval_steps=3)
     out, err = everlong("train", path, "--overwrite", "--output_dir", run)
     assert out.count("The model is in") == 1
