@@ -47,9 +47,8 @@ def main() -> None:
         values = {"seed": options.seed, "models": models, "provenance": provenance()}
         options.out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     print(table(models))
-    plot_losses(
-        options.out.with_suffix(".png"), [Run(options.folder / name) for name in options.recipes]
-    )
+    runs = [Run(options.folder / name) for name in options.recipes]
+    plot_losses(options.folder / "losses.png", runs)
 
 
 def train(name: str, folder: Path, seed: int) -> None:

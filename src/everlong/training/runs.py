@@ -22,6 +22,7 @@ from .names import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
+STYLES = ("-", "--", ":")
 SMOOTHED = 25  # about so many points of the drawn line stand for a run
 
 
@@ -130,23 +131,21 @@ def plot_losses(path: Path, runs: Sequence[Run]) -> bool:
     if not runs:
         return False
     figure, axes = new_figure()
+    runs.sort(key=lambda run: -run.last("loss"))  # as the lines end, from top to bottom
     for i, run in enumerate(runs):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
         steps, losses = _values(run, "loss")
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
         name = str(run.recipe.get("name") or run.folder)
-        axes.plot(steps, _smooth(losses), color=colour, linewidth=2, label=f"{name}, training")
-        steps, losses = _values(run, "eval_loss")
-        if steps:
-            dots = {"color": colour, "markeredgecolor": "white", "label": f"{name}, held-out"}
-            axes.plot(steps, losses, "o", **dots)
+        axes.plot(steps, _smooth(losses), style, color=colour, linewidth=2, label=name)
+        axes.plot(*_values(run, "eval_loss"), "o", color=colour, markeredgecolor="white")
     axes.set_yscale("log")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:g}")
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.legend(frameon=False)
+    axes.set_ylabel("loss (nats a token; dots: held out)")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
     return True
 
