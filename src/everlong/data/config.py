@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LENGTH_STEP = 32
+IGNORE = -100  # the label of a token that is not to be predicted
+
+
+def digest(data: bytes) -> str:
+    """A hash of some bytes, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

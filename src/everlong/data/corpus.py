@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .config import digest
 from .reading import PIECE, Piece
 from .tokenizer import encode_bytes
 
@@ -89,7 +90,7 @@ def cached_corpus(
     key: whatever the tokens depend on, as JSON values. tokenizer: None for bytes.
     Raises ValueError if the pieces hold no text.
     """
-    place = folder / _digest(json.dumps([FORMAT, key], sort_keys=True).encode())
+    place = folder / digest(json.dumps([FORMAT, key], sort_keys=True).encode())
     corpus = Corpus.load(place)
     if corpus is not None:
         return corpus
@@ -122,26 +123,26 @@ def write_corpus(
     about: kept beside the corpus. Raises ValueError if the pieces hold no text.
     """
     dtype = token_type(tokenizer)
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     starts, count = array("q"), 0
     with (folder / TOKENS).open("wb") as file:
         for ids, begins in _encoded(_shown(pieces), tokenizer):
             if begins:
                 starts.append(count)
             data = ids.astype(dtype, copy=False).tobytes()
-            digest.update(data)
+            hashed.update(data)
             file.write(data)
             count += len(ids)
     if not count:
         raise ValueError("the source holds no text: all its documents are empty")
     starts.append(count)
-    digest.update(starts.tobytes())
+    hashed.update(starts.tobytes())
     (folder / STARTS).write_bytes(starts.tobytes())
     facts = {
         "dtype": dtype.name,
         "documents": len(starts) - 1,
         "tokens": count,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": hashed.hexdigest(),
         **(about or {}),
     }
     (folder / ABOUT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -236,7 +237,3 @@ def _shown(pieces: Iterable[Piece]) -> Iterator[Piece]:
                 bar.advance(task, waiting)
                 waiting = 0
         bar.advance(task, waiting)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

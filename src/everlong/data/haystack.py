@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .config import DataConfig
+from .config import IGNORE, DataConfig
 from .text import Document, load_text
 from .tokenizer import encode_bytes
 
 Own = TypeVar("Own", bound="HaystackConfig")
-IGNORE = -100
 TEST_SEED = 1_000_000_000
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .config import DataConfig
+from .config import DataConfig, digest
 from .corpus import Corpus, TokenFile, cache_home, cached_corpus, encode_pieces, token_bytes
 from .haystack import TEST_SEED
 from .reading import HUB, Piece, list_files, read_pieces, sources
@@ -126,7 +125,7 @@ class TextConfig(DataConfig):
         else:
             keys = [corpus.fingerprint for corpus in self._corpora(coder)]
         text = json.dumps([*keys, self.held_out, tokenizer.eos_token_id], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest(text.encode())
 
     def _test(self, text: Text, sizes: np.ndarray) -> PackedDataset:
         if len(text) < self.length:
@@ -178,7 +177,7 @@ class TextConfig(DataConfig):
                 found = path.stat()
                 files.append([str(path.resolve()), found.st_size, found.st_mtime_ns])
         definition = BYTES if coder is None else coder.backend_tokenizer.to_str()
-        tokenizer = hashlib.blake2b(definition.encode(), digest_size=16).hexdigest()
+        tokenizer = digest(definition.encode())
         return {"files": files, "column": self.text_column, "tokenizer": tokenizer}
 
     def _held_out_of_stream(self, tokenizer: PreTrainedTokenizerFast) -> Text:

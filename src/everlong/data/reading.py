@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .text import PACKAGE, find_files
+from .text import PACKAGE, check_utf8, find_files
 
 HUB = "hub:"
 JSONL = (".jsonl", ".jsonl.gz")
@@ -148,13 +148,7 @@ def _check_text(path: Path, text: bytes, place: int) -> None:
             f"{path} is no text: byte 0x00 at position {place + text.index(0)}. Take it out of the "
             "source; texts may be *.txt, JSONL or Parquet"
         )
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {place + error.start}. "
-            "Convert it first, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
+    check_utf8(path, text, place)
 
 
 def _jsonl_texts(path: Path, column: str) -> Iterator[str]:

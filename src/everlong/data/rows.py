@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .config import DataConfig
+from .config import IGNORE, DataConfig
 from .corpus import TokenFile
 
-IGNORE = -100
 Item = dict[str, torch.Tensor]
 
 

@@ -100,13 +100,18 @@ def _package_folder(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _read(path: Path) -> bytes:
-    text = path.read_bytes()
+def check_utf8(path: Path, text: bytes, place: int = 0) -> None:
+    """Refuse bytes that are not UTF-8; `place`: of the first one in the file."""
     try:
         text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {error.start}. "
+            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {place + error.start}. "
             "Convert it first, for example with `iconv -f latin1 -t utf-8`"
         ) from None
+
+
+def _read(path: Path) -> bytes:
+    text = path.read_bytes()
+    check_utf8(path, text)
     return text

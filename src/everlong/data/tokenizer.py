@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 BYTES = "bytes"  # what the byte tokenizer is called where a tokenizer is named
@@ -33,21 +34,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     inside a text are plain bytes. It saves, and loads by `AutoTokenizer.from_pretrained`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([PAD, BOS, EOS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
+    return _with_special_tokens(backend)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -90,7 +83,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bytes included; a short text gives fewer. Raises ValueError if it is below 259, or without a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     if vocab_size < VOCAB_SIZE:
         raise ValueError(
@@ -117,6 +109,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend.train_from_iterator(noted(), trainer)
     if not seen:
         raise ValueError("the source holds no text: a tokenizer is trained on some")
+    return _with_special_tokens(backend)
+
+
+def _with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """As `transformers` knows it; the names of special tokens inside a text are plain bytes."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -14,6 +14,7 @@ from everlong.models.stateful import (
     StatefulCausalLM,
     StatefulDecoder,
     StatefulPreTrained,
+    cut_pieces,
     join_pieces,
 )
 from everlong.models.titans_blocks import BLOCKS
@@ -49,9 +50,7 @@ class TitansLayer(GradientCheckpointingLayer):
             return self._read(x, state, lengths, fresh, trace)
         assert self.segment is not None
         pieces: list[BlockOutput] = []
-        for start in range(0, x.shape[1], self.segment):
-            piece = x[:, start : start + self.segment]
-            count = None if lengths is None else (lengths - start).clamp(0, piece.shape[1])
+        for piece, count in cut_pieces(x, lengths, self.segment):
             pieces.append(
                 self._gradient_checkpointing_func(self._read, piece, state, count, fresh, trace)
             )

@@ -65,6 +65,14 @@ def begin(
     return state
 
 
+def cut_pieces(x: Tensor, lengths: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x [B, T, D] in pieces of `size` tokens, at least one, and how many of each are real in each row
+    ([B]; None: all)."""
+    for start in range(0, max(x.shape[1], 1), size):
+        count = None if lengths is None else (lengths - start).clamp(0, size)
+        yield x[:, start : start + size], count
+
+
 def join_pieces(
     outputs: list[BlockOutput], join: Callable[[list[Tensor]], Tensor] | None = None
 ) -> BlockOutput:
@@ -284,10 +292,7 @@ class StatefulDecoder:
         if not segments or not torch.is_grad_enabled():
             yield x, lengths
             return
-        size = segments * self.config.segment_length
-        for start in range(0, max(x.shape[1], 1), size):
-            count = None if lengths is None else (lengths - start).clamp(0, size)
-            yield x[:, start : start + size], count
+        yield from cut_pieces(x, lengths, segments * self.config.segment_length)
 
     def _check_cache(self, cache: Any, batch: int) -> None:
         """Refuse a cache of another kind, model or batch."""

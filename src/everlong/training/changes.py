@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from everlong.provenance import PROVENANCE_FILE
+
 from .recipe import Recipe
 
-PROVENANCE_FILE = "provenance.json"
 MISSING = "nothing"
 # Fields that may change within a run; any other would make another run of it.
 FREE = ("training.", "evaluation.", "guards.", "data.cache_folder", "name", "output_dir")

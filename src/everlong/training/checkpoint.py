@@ -15,6 +15,11 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return whole[-1] if whole else None
 
 
+def step_of(checkpoint: str) -> int:
+    """The training step behind which a checkpoint was written."""
+    return int(checkpoint.rpartition("-")[2])
+
+
 def describe_last(folder: str | Path) -> str:
     """The same in words, for messages."""
     checkpoint = last_checkpoint(folder)
@@ -23,7 +28,7 @@ def describe_last(folder: str | Path) -> str:
 
 def check_whole(checkpoint: str, max_steps: int) -> None:
     """Refuse a checkpoint that lacks what another run would begin anew, or that is past max_steps."""
-    step, there = int(checkpoint.rpartition("-")[2]), {path.name for path in Path(checkpoint).iterdir()}
+    step, there = step_of(checkpoint), {path.name for path in Path(checkpoint).iterdir()}
     if step > max_steps:
         raise ValueError(
             f"{checkpoint} is past training.max_steps = {max_steps}: give more of them, or delete it"

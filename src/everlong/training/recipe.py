@@ -169,8 +169,7 @@ def _check_tasks(recipe: Recipe) -> None:
             raise ValueError(f"evaluation.tasks: {task} is scored on bytes; data.tokenizer is another")
         config = recipe.data if own else HAYSTACKS[task]()
         assert isinstance(config, HaystackConfig)
-        for length in recipe.evaluation.lengths:
-            replace(config.plain(), length=length).datasets(1)
+        replace(config.plain(), length=min(recipe.evaluation.lengths)).datasets(1)
 
 
 _PARTS = {"evaluation": Evaluation, "guards": Guards}

@@ -38,12 +38,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from everlong.data import gives_back
-from everlong.provenance import RECIPE_FILE, RESULT_FILE, provenance
+from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE, provenance
 
 from .arguments import build_training_arguments
 from .carry import MemoryTrainer
-from .changes import PROVENANCE_FILE, check_changes, identity
-from .checkpoint import check_whole, describe_last, last_checkpoint
+from .changes import check_changes, identity
+from .checkpoint import check_whole, describe_last, last_checkpoint, step_of
 from .guards import Watch
 from .model import build_model
 from .processes import any_process, is_main, lost_processes, together
@@ -208,7 +208,7 @@ def _tensorboard(folder: Path, checkpoint: str | None) -> TrainerCallback:
     """Logs for TensorBoard; what a checkpoint's run logged behind it is dropped."""
     from tensorboardX import SummaryWriter
 
-    step = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else 0
+    step = step_of(checkpoint) + 1 if checkpoint else 0
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
 
 
