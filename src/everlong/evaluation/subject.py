@@ -1,0 +1,146 @@
+"""A model that is evaluated: itself, its tokenizer, and how it reads."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .results import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Subject:
+    """A causal language model that is evaluated.
+
+    recipe: what it was trained by, {} if that is not known. piece: tokens it is fed at a time.
+    tokens_per_forward: rows are read side by side, up to so many tokens a call.
+    on_tokens: told of tokens that were read, for a progress bar.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: ModelInfo
+    recipe: dict[str, Any] = field(default_factory=dict)
+    piece: int = 1024
+    tokens_per_forward: int = 32768
+    on_tokens: Callable[[int], None] = lambda tokens: None
+
+    def __post_init__(self) -> None:
+        if self.piece < 64:
+            raise ValueError(f"piece must be at least 64 tokens, got {self.piece}")
+        # Mamba's models have a name of their own for what others call past_key_values.
+        is_mamba = "cache_params" in inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache_params" if is_mamba else "past_key_values"
+
+    def rows(self, length: int) -> int:
+        """How many texts of a length are read side by side."""
+        return max(1, self.tokens_per_forward // max(min(self.piece, length), 1))
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, keep: int = 1, cache: Any = None) -> tuple[Tensor, Any]:
+        """Read ids [B, T] in pieces, going on from `cache` (which is used up).
+
+        Returns the logits [B, keep, V] of the last `keep` tokens (0 < keep <= T) and the cache to go on
+        from. A model whose cache does not grow reads any length in constant memory.
+        """
+        ids = ids.to(self.model.device)
+        length = ids.shape[1]
+        starts = list(range(0, length, self.piece))
+        if len(starts) > 1 and length - starts[-1] < keep:
+            starts.pop()  # the kept tokens must not be cut in two: the last piece takes a few more
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
+            is_last = end == length
+            outputs = self.model(
+                input_ids=ids[:, start:end],
+                use_cache=True,
+                logits_to_keep=keep if is_last else 1,
+                **{self.cache_name: cache},
+            )
+            cache = getattr(outputs, self.cache_name)
+            self.on_tokens(ids.shape[0] * (end - start))
+        return outputs.logits[:, -keep:], cache
+
+    @torch.inference_mode()
+    def losses(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """The negative log-likelihood (nats, float32) of each of ids [B, T] but the first, given those
+        before it: [B, T - 1], on the CPU; and the cache. Logits are held for one piece at a time."""
+        ids = ids.to(self.model.device)
+        losses = []
+        for start in range(0, ids.shape[1], self.piece):
+            part = ids[:, start : start + self.piece + 1]
+            read = part[:, : self.piece]
+            outputs = self.model(input_ids=read, use_cache=True, **{self.cache_name: cache})
+            cache = getattr(outputs, self.cache_name)
+            wanted = part[:, 1:]
+            logits = outputs.logits[:, : wanted.shape[1]].float()
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    logits.transpose(1, 2), wanted, reduction="none"
+                ).cpu()
+            )
+            self.on_tokens(read.numel())
+        return torch.cat(losses, 1), cache
+
+    @torch.inference_mode()
+    def generate(
+        self, ids: Tensor, new_tokens: int, stop: Sequence[str] = (), cache: Any = None
+    ) -> list[str]:
+        """Continue ids [B, T] greedily, each row until a text of `stop` appears, an end-of-text token,
+        or `new_tokens`. Returns the texts, without what stopped them."""
+        logits, cache = self.read(ids, 1, cache)
+        ends = self._ends()
+        rows: list[list[int]] = [[] for _ in range(len(ids))]
+        texts: list[str | None] = [None] * len(rows)
+        for step in range(new_tokens):
+            token = logits[:, -1].argmax(-1)
+            for row, each in enumerate(token.tolist()):
+                if texts[row] is not None:
+                    continue
+                if each in ends:
+                    texts[row] = self._text(rows[row], stop)
+                    continue
+                rows[row].append(each)
+                if stop and any(mark in self._decode(rows[row]) for mark in stop):
+                    texts[row] = self._text(rows[row], stop)
+            if step + 1 == new_tokens or all(text is not None for text in texts):
+                break
+            logits, cache = self.read(token[:, None], 1, cache)
+        return [
+            self._text(row, stop) if text is None else text
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def copy(self, cache: Any, rows: int = 1) -> Any:
+        """A cache at the same place that may be used up, with each row `rows` times."""
+        new = cache.copy() if hasattr(cache, "copy") else copy.deepcopy(cache)
+        if rows > 1:
+            new.batch_repeat_interleave(rows)
+        return new
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [T] of a text, no special ones added."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _ends(self) -> set[int]:
+        known = getattr(self.model, "generation_config", None)
+        ends = getattr(known, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        return {each for each in [*ends, self.tokenizer.eos_token_id] if each is not None}
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+        text = self._decode(ids)
+        places = [text.find(mark) for mark in stop if mark in text]
+        return text[: min(places)] if places else text

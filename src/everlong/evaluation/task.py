@@ -1,0 +1,90 @@
+"""What a task of `everlong eval` is: samples, each asked and scored by itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .results import NUM_DEPTH_BINS, Cell, Estimate, TaskInfo
+from .subject import Subject
+
+Record = dict[str, Any]
+"""A scored sample, as JSON values: index, scores ({metric: number}), tokens (read); where they are
+known depth (in [0, 1]) and group; and what a reader wants to see, such as prompt, answer, wanted."""
+
+
+class Task(ABC):
+    """Samples 0 ... count - 1 at each length; which sample it is depends on seed, length and index."""
+
+    info: TaskInfo
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether it is asked at each length."""
+        return self.info.axis == "length"
+
+    def check(self, subject: Subject, length: int | None) -> None:  # noqa: B027
+        """Raise ValueError, before any work, if this model cannot be asked this."""
+
+    def count(self, subject: Subject, length: int | None, samples: int) -> int:
+        """How many samples there are, if so many are wanted."""
+        return samples
+
+    def cost(self, subject: Subject, length: int | None) -> int:
+        """Tokens of a sample, about: what a progress bar counts by."""
+        return length or 1000
+
+    @abstractmethod
+    def run(
+        self, subject: Subject, length: int | None, indices: Sequence[int], count: int
+    ) -> Iterator[Record]:
+        """Ask and score these samples of `count`, in an order that may be another."""
+
+    def cells(
+        self, subject: Subject, length: int | None, records: Sequence[Record], seconds: float
+    ) -> list[Cell]:
+        """What the scored samples come to: all of them, and each group by itself."""
+        groups = sorted({record["group"] for record in records if record.get("group") is not None})
+        return [
+            self.cell(subject, length, records, seconds, None),
+            *(
+                self.cell(subject, length, [r for r in records if r.get("group") == group], 0.0, group)
+                for group in groups
+            ),
+        ]
+
+    def cell(
+        self,
+        subject: Subject,
+        length: int | None,
+        records: Sequence[Record],
+        seconds: float,
+        group: str | None,
+    ) -> Cell:
+        """One cell of these samples."""
+        metrics = {
+            name: Estimate.of([r["scores"][name] for r in records if name in r["scores"]])
+            for name in self.info.metrics
+        }
+        return Cell(
+            task=self.info.name,
+            model=subject.info.name,
+            length=length,
+            metrics=metrics,
+            group=group,
+            by_depth=_by_depth(records, self.info.main),
+            tokens=sum(record["tokens"] for record in records) / max(len(records), 1),
+            seconds=seconds,
+        )
+
+
+def _by_depth(records: Sequence[Record], metric: str) -> list[Estimate]:
+    placed = [record for record in records if record.get("depth") is not None]
+    if not placed:
+        return []
+    bins: list[list[float]] = [[] for _ in range(NUM_DEPTH_BINS)]
+    for record in placed:
+        place = min(int(record["depth"] * NUM_DEPTH_BINS), NUM_DEPTH_BINS - 1)
+        bins[place].append(record["scores"][metric])
+    return [Estimate.of(values) for values in bins]
