@@ -178,7 +178,7 @@ class Results:
     def find(
         self, task: str, model: str | None = None, length: int | None = None, group: str | None = None
     ) -> list[Cell]:
-        """The cells of a task, of a model and at a length if these are given, and of just that group."""
+        """The cells of a task and of just that group; of a model, at a length, if these are given."""
         return [
             cell
             for cell in self.cells
