@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from everlong.data.needle import NeedleConfig, NeedleDataset
+from everlong.data.haystack import Haystack
 from everlong.data.text import Document
 
 WORDS = ("alpha beta gamma delta epsilon zeta eta theta " * 40).encode()
@@ -11,7 +12,7 @@ DOCUMENTS = [Document("a", WORDS), Document("b", WORDS[::-1])]
 
 
 def dataset(num_samples=50, seed=0, batch=1, **fields):
-    return NeedleDataset(DOCUMENTS, NeedleConfig(**fields), num_samples, seed, batch)
+    return NeedleDataset(Haystack.of_bytes(DOCUMENTS), NeedleConfig(**fields), num_samples, seed, batch)
 
 
 def text_of(sample):
@@ -130,7 +131,7 @@ def test_training_and_held_out_samples_share_no_text_and_no_keys(tmp_path):
         (tmp_path / f"{letter}.txt").write_text(f"{letter * 9} " * 20)
     config = NeedleConfig(source=str(tmp_path), held_out=0.3, start_length=96, growth_steps=9)
     train, test = config.datasets(20)
-    assert not {*train.text.tolist()} & {*test.text.tolist()} - {*b" \n"}
+    assert not {*train.haystack.tokens.tolist()} & {*test.haystack.tokens.tolist()} - {*b" \n"}
     assert not {answers_of(s)[0] for s in train} & {answers_of(s)[0] for s in test}
     assert len(train[0]["input_ids"]) == 96
     assert len(test[0]["input_ids"]) == 512

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .config import digest
-from .haystack import TEST_SEED, HaystackConfig, HaystackDataset, Sentence
+from .haystack import TEST_SEED, Haystack, HaystackConfig, HaystackDataset, Sentence
 from .text import load_text, split
 
 
@@ -93,7 +93,8 @@ class BabiConfig(HaystackConfig):
         self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
     ) -> tuple[BabiDataset, BabiDataset]:
         """The training and the held-out data set; they share neither stories nor text."""
-        train, test = split(load_text(self.source), fraction=self.held_out)
+        documents = split(load_text(self.source), fraction=self.held_out)
+        train, test = map(Haystack.of_bytes, documents)
         learnt, asked = self.stories()
         self.check_room(max(story.tokens for story in [*learnt, *asked]))
         full_length = replace(self, start_length=None)
@@ -110,7 +111,9 @@ class BabiDataset(HaystackDataset):
         super().__init__(*args, **kwargs)
         self.stories = stories
 
-    def draft(self, rng: np.random.Generator, depth: float | None) -> tuple[list[Sentence], int]:
+    def draft(
+        self, rng: np.random.Generator, depth: float | None, length: int
+    ) -> tuple[list[Sentence], int]:
         """The story's sentences in their order, then the question."""
         story = self.stories[int(rng.integers(len(self.stories)))]
         depths = np.sort(rng.random(len(story.facts)))

@@ -1,13 +1,13 @@
 """Sentences hidden in real text, and a question at the end: what such tasks share.
 
-Tokens are bytes. A sample depends on the seed and its index alone, and is as long as asked, to the
-token.
+Tokens are bytes, or those of any tokenizer. A sample depends on the seed and its index alone, and is as
+long as asked, to the token.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -94,11 +94,45 @@ class Sentence:
         return self.before + self.answer + self.after
 
 
-class HaystackDataset(Dataset):
-    """Samples over documents; sample i belongs to training step i // batch.
+@dataclass(frozen=True)
+class Haystack:
+    """A text as tokens, [N], and the places where a sentence may be put in: `breaks`, sorted, in
+    0 ... N."""
 
-    documents: the haystack. They are joined, and a sample's text is a window of them from a random
-    place; where it is longer than all of them it goes round.
+    tokens: np.ndarray
+    breaks: np.ndarray
+
+    @classmethod
+    def of_bytes(cls, documents: Sequence[Document]) -> Haystack:
+        """The documents joined, as bytes; a sentence may stand before any blank or line's end."""
+        tokens = encode_bytes(b"\n\n".join(document.text for document in documents))
+        return cls(tokens, np.flatnonzero((tokens == ord(" ")) | (tokens == ord("\n"))))
+
+    def window(self, start: int, length: int) -> Haystack:
+        """So many tokens from a place on; behind the end it goes on at the start."""
+        size = len(self.tokens)
+        parts, breaks, at = [], [], 0
+        while at < length:
+            end = min(start + length - at, size)
+            parts.append(self.tokens[start:end])
+            first, last = np.searchsorted(self.breaks, [start, end])
+            breaks.append(self.breaks[first:last] + (at - start))
+            at, start = at + end - start, 0
+        if not parts:
+            return Haystack(self.tokens[:0], self.breaks[:0])
+        return Haystack(np.concatenate(parts), np.concatenate(breaks))
+
+    def place(self, position: int) -> int:
+        """The first break at or behind a position; the text's end if none is left."""
+        found = int(np.searchsorted(self.breaks, position))
+        return int(self.breaks[found]) if found < len(self.breaks) else len(self.tokens)
+
+
+class HaystackDataset(Dataset):
+    """Samples over a haystack; sample i belongs to training step i // batch.
+
+    haystack: a sample's text is a window of it from a random place; where it is longer than all of it
+    it goes round. encode: gives the tokens of a sentence.
     Items are dicts of input_ids and labels [T] (labels are -100 but on the answers), and depth and
     distance of the sentence that answers the last question: its place in the text in [0, 1], and the
     tokens from its answer to the last one.
@@ -106,24 +140,29 @@ class HaystackDataset(Dataset):
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        haystack: Haystack,
         config: HaystackConfig,
         num_samples: int,
         seed: int = 0,
         batch: int = 1,
+        encode: Callable[[bytes], np.ndarray] = encode_bytes,
     ) -> None:
-        if not documents:
-            raise ValueError("got no documents: a haystack needs at least one")
-        self.text = encode_bytes(b"\n\n".join(document.text for document in documents))
+        if not len(haystack.tokens):
+            raise ValueError("the haystack is empty: it needs at least one document with text")
+        self.haystack = haystack
         self.config = config
         self.num_samples = num_samples
         self.seed = seed
         self.batch = batch
+        self.encode = encode
 
-    def draft(self, rng: np.random.Generator, depth: float | None) -> tuple[list[Sentence], int]:
+    def draft(
+        self, rng: np.random.Generator, depth: float | None, length: int
+    ) -> tuple[list[Sentence], int]:
         """A sample's sentences, the last question last, and which of them answers that.
 
-        depth: where the one that answers shall stand, if that is asked.
+        depth: where the one that answers shall stand, if that is asked. length: tokens that they must
+        fit into; 0: any number.
         """
         raise NotImplementedError
 
@@ -138,70 +177,75 @@ class HaystackDataset(Dataset):
     def sample(
         self, index: int, length: int | None = None, depth: float | None = None
     ) -> dict[str, Any]:
-        """Sample `index`, if asked at another length (tokens) or with the sentence that answers the
-        last question at a given depth in [0, 1] of the text (0 is its start, farthest from the
-        question)."""
+        """Sample `index`, if asked at another length (tokens; 0: the sentences alone) or with the
+        sentence that answers the last question at a given depth in [0, 1] of the text (0 is its start,
+        farthest from the question)."""
         if length is None:
             length = self.config.length_at(index // self.batch)
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth must lie in [0, 1], got {depth}")
         rng = np.random.default_rng((self.seed, index))
-        sentences, asked = self.draft(rng, depth)
-        room = length - sum(len(sentence.text) for sentence in sentences)
-        if room < 1:
+        sentences, asked = self.draft(rng, depth, length)
+        pieces = [_Piece.of(sentence, self.encode) for sentence in sentences]
+        taken = sum(len(piece.tokens) for piece in pieces)
+        room = length - taken if length else 0
+        if length and room < 1:
             raise ValueError(
                 f"length {length} is too short: the sentences and questions alone take "
-                f"{length - room} tokens of it; take a longer one or fewer of them"
+                f"{taken} tokens of it; take a longer one or fewer of them"
             )
-        return _assemble(self._window(rng, room), sentences, asked, self.config.text_loss, rng)
-
-    def _window(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        start = int(rng.integers(len(self.text)))
-        window = self.text[start : start + length]
-        while len(window) < length:
-            window = np.concatenate([window, self.text[: length - len(window)]])
-        return window
+        window = self.haystack.window(int(rng.integers(len(self.haystack.tokens))), room)
+        return assemble(window, pieces, asked, self.config.text_loss, rng)
 
 
-def _assemble(
-    text: np.ndarray,
-    sentences: list[Sentence],
+@dataclass(frozen=True)
+class _Piece:
+    """A sentence as tokens; the answer is tokens[start:end]."""
+
+    depth: float
+    tokens: np.ndarray
+    start: int
+    end: int
+    is_question: bool
+
+    @classmethod
+    def of(cls, sentence: Sentence, encode: Callable[[bytes], np.ndarray]) -> _Piece:
+        parts = [encode(part) for part in (sentence.before, sentence.answer, sentence.after)]
+        start = len(parts[0])
+        end = start + len(parts[1])
+        return cls(sentence.depth, np.concatenate(parts), start, end, sentence.is_question)
+
+
+def assemble(
+    window: Haystack,
+    pieces: list[_Piece],
     asked: int,
     text_loss: float,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """The sample: each sentence put in at the word boundary at or behind its depth."""
-    positions = [_word_boundary(text, round(each.depth * len(text))) for each in sentences]
-    pieces, cursor, length = [], 0, 0
-    starts = [0] * len(sentences)
+    """The sample: each sentence put in at the break at or behind its depth."""
+    size = len(window.tokens)
+    positions = [window.place(round(each.depth * size)) for each in pieces]
+    parts, cursor, length = [], 0, 0
+    starts = [0] * len(pieces)
     # A stable order: where a sentence and its question meet, the sentence comes first.
-    for i in sorted(range(len(sentences)), key=positions.__getitem__):
-        piece = encode_bytes(sentences[i].text)
-        pieces += [text[cursor : positions[i]], piece]
-        starts[i] = length + positions[i] - cursor + len(sentences[i].before)
-        length += positions[i] - cursor + len(piece)
+    for i in sorted(range(len(pieces)), key=positions.__getitem__):
+        parts += [window.tokens[cursor : positions[i]], pieces[i].tokens]
+        starts[i] = length + positions[i] - cursor + pieces[i].start
+        length += positions[i] - cursor + len(pieces[i].tokens)
         cursor = positions[i]
-    input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+    input_ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     has_label = torch.zeros(len(input_ids), dtype=torch.bool)
     if text_loss:
         has_label = torch.from_numpy(rng.random(len(input_ids)) < text_loss)
-    for start, each in zip(starts, sentences, strict=True):
+    for start, each in zip(starts, pieces, strict=True):
         if each.is_question:
-            has_label[start : start + len(each.answer)] = True
+            has_label[start : start + each.end - each.start] = True
 
     return {
         "input_ids": input_ids,
         "labels": input_ids.masked_fill(~has_label, IGNORE),
-        "depth": positions[asked] / len(text),
+        "depth": positions[asked] / max(size, 1),
         "distance": starts[-1] - starts[asked],
     }
-
-
-def _word_boundary(text: np.ndarray, position: int) -> int:
-    """The first blank at or behind `position`; the text's end if none is left."""
-    for start in range(position, len(text), 256):
-        blanks = np.flatnonzero(np.isin(text[start : start + 256], (ord(" "), ord("\n"))))
-        if len(blanks):
-            return start + int(blanks[0])
-    return len(text)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from .haystack import TEST_SEED, HaystackConfig, HaystackDataset, Sentence
+from .haystack import TEST_SEED, Haystack, HaystackConfig, HaystackDataset, Sentence
 from .text import load_text, split
 
 _NAMES = (
@@ -104,8 +104,8 @@ class NeedleConfig(HaystackConfig):
         train, test = split(load_text(self.source), fraction=self.held_out)
         full_length = replace(self, start_length=None)
         return (
-            NeedleDataset(train, self, num_samples, seed, batch),
-            NeedleDataset(test, full_length, num_samples, TEST_SEED + seed, batch),
+            NeedleDataset(Haystack.of_bytes(train), self, num_samples, seed, batch),
+            NeedleDataset(Haystack.of_bytes(test), full_length, num_samples, TEST_SEED + seed, batch),
         )
 
 
@@ -114,7 +114,9 @@ class NeedleDataset(HaystackDataset):
 
     config: NeedleConfig
 
-    def draft(self, rng: np.random.Generator, depth: float | None) -> tuple[list[Sentence], int]:
+    def draft(
+        self, rng: np.random.Generator, depth: float | None, length: int
+    ) -> tuple[list[Sentence], int]:
         """Needles, then questions. The last needle is the last question's, which stands at the end
         of the sample with nothing behind its answer."""
         config = self.config

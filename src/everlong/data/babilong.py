@@ -1,0 +1,197 @@
+"""BABILong (Kuratov et al., 2024): the sentences of a story of bAbI, in order, among those of a long text.
+
+Stories are told by `simulate`, as many as wanted; the text is any source. A sample is
+"... Mary moved to the bathroom. ... Where is Mary? bathroom.", in tokens of any tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .babi import Story
+from .babi_world import simulate
+from .config import digest
+from .corpus import cache_home
+from .haystack import (
+    TEST_SEED,
+    Haystack,
+    HaystackConfig,
+    HaystackDataset,
+    Sentence,
+)
+from .text import Document, load_text, split
+from .tokenizer import BYTES, encode_bytes, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TASKS = tuple(f"qa{number}" for number in range(1, 11))
+BPE = "bpe"
+TRIES = 1000
+
+
+@dataclass(frozen=True)
+class BabilongConfig(HaystackConfig):
+    """Stories of bAbI among the sentences of a text; the other fields are those of `HaystackConfig`.
+
+    tasks: which of qa1 ... qa10; each sample takes one of them.
+    tokenizer: "bytes"; "bpe": one of `vocabulary` tokens, trained on the text and on stories and kept
+        for the next time; or a folder or hub id for `AutoTokenizer`.
+    ask: "last", one question at the end; "all", also those that the story asks on its way, each with
+        its answer, which gives training more to learn from.
+    together: share of the training samples whose story stands in one piece at the end.
+    """
+
+    task: Literal["babilong"] = "babilong"
+    tasks: list[str] = field(default_factory=lambda: list(TASKS[:5]))
+    tokenizer: str = BPE
+    vocabulary: int = 2048
+    ask: Literal["last", "all"] = "all"
+    together: float = 0.25
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks are some of {', '.join(TASKS)}, got {self.tasks}")
+        if not 0 <= self.together <= 1:
+            raise ValueError(f"together is a share of the samples, in [0, 1], got {self.together}")
+        super().__post_init__()
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of an answer, at most."""
+        return 32
+
+    def build_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer by name."""
+        if self.tokenizer != BPE:
+            return load_tokenizer(self.tokenizer)
+        key = f"1 {HaystackConfig.fingerprint(self)} {self.held_out} {self.tasks} {self.vocabulary}"
+        folder = cache_home() / "tokenizers" / digest(key.encode())
+        if not (folder / "tokenizer_config.json").is_file():
+            documents = split(load_text(self.source), fraction=self.held_out)[0]
+            tokenizer = train_tokenizer(self._texts(documents), self.vocabulary)
+            tokenizer.save_pretrained(folder)
+        return load_tokenizer(str(folder))
+
+    def _texts(self, documents: Sequence[Document]) -> Iterator[str]:
+        """What a tokenizer is trained on: the text, and for each task so many stories."""
+        rng = np.random.default_rng(0)
+        for task in self.tasks:
+            for _ in range(300):
+                last = simulate(task, rng)[-1]
+                yield " ".join(["", *last.facts, last.question, f"{last.answer}."])
+        for document in documents:
+            yield " ".join(_sentences(document.text.decode()))
+
+    def plain(self) -> BabilongConfig:
+        """The task to judge by: one question, its story anywhere."""
+        return replace(super().plain(), ask="last", together=0.0)
+
+    def fingerprint(self) -> str:
+        """A hash of the text and of some stories."""
+        stories = [simulate(task, np.random.default_rng(0)) for task in self.tasks]
+        return digest(f"{super().fingerprint()} {stories!r}".encode())
+
+    def datasets(
+        self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
+    ) -> tuple[BabilongDataset, BabilongDataset]:
+        """The training and the held-out data set; they share neither stories nor text."""
+        tokenizer = None if self.tokenizer == BYTES else self.build_tokenizer()
+        encode = _encoder(tokenizer)
+        full_length = replace(self, start_length=None)
+        train, test = (
+            _haystack(documents, tokenizer)
+            for documents in split(load_text(self.source), fraction=self.held_out)
+        )
+        return (
+            BabilongDataset(train, self, num_samples, seed, batch, encode),
+            BabilongDataset(test, full_length, num_samples, TEST_SEED + seed, batch, encode),
+        )
+
+
+class BabilongDataset(HaystackDataset):
+    """Samples of simulated stories."""
+
+    config: BabilongConfig
+
+    def draft(
+        self, rng: np.random.Generator, depth: float | None, length: int
+    ) -> tuple[list[Sentence], int]:
+        """The story's sentences in their order, with the questions among them, the last one last."""
+        config = self.config
+        task = config.tasks[int(rng.integers(len(config.tasks)))]
+        for _ in range(TRIES):
+            block = simulate(task, rng)
+            number = int(rng.integers(len(block)))
+            asked = block[: number + 1] if config.ask == "all" else [block[number]]
+            if not length or self._tokens(asked) < length:
+                break
+        else:
+            raise ValueError(
+                f"length {length} is too short: of {TRIES:,} stories of {task} none fits; take a longer "
+                "one or other tasks"
+            )
+        story = asked[-1]
+        depths = np.sort(rng.random(len(story.facts)))
+        if rng.random() < config.together:
+            depths[:] = 1.0
+        if depth is not None:
+            before, after = depths[: story.support], depths[story.support + 1 :]
+            depths = np.concatenate([before * depth, [depth], depth + (1 - depth) * after])
+        sentences = []
+        questions = {len(each.facts): each for each in asked}
+        place = 0
+        for i, (at, fact) in enumerate(zip(depths, story.facts, strict=True), 1):
+            if i - 1 == story.support:
+                place = len(sentences)
+            sentences.append(Sentence(float(at), f" {fact}".encode(), b"", b"", False))
+            if i in questions and i < len(story.facts):
+                sentences.append(_question(questions[i], float(at)))
+        return [*sentences, _question(story, 1.0)], place
+
+    def _tokens(self, asked: Sequence[Story]) -> int:
+        """Tokens of all facts and questions."""
+        texts = [f" {fact}" for fact in asked[-1].facts]
+        texts += [f" {story.question} {story.answer}." for story in asked]
+        return sum(len(self.encode(text.encode())) for text in texts)
+
+
+def _question(story: Story, depth: float) -> Sentence:
+    return Sentence(depth, f" {story.question}".encode(), f" {story.answer}.".encode(), b"", True)
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line, without the blank before it."""
+    return [each for each in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text.strip())) if each]
+
+
+def _haystack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast | None) -> Haystack:
+    """The sentences of the documents as tokens; a story's may stand between any two."""
+    texts = [f" {each}" for one in documents for each in _sentences(one.text.decode())]
+    if tokenizer is None:
+        rows = [encode_bytes(text) for text in texts]
+    else:
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [np.array(each.ids, np.int32) for each in encoded]
+    ends = np.cumsum([len(row) for row in rows])
+    return Haystack(np.concatenate(rows), np.concatenate([[0], ends[:-1]]))
+
+
+def _encoder(tokenizer: PreTrainedTokenizerFast | None) -> Any:
+    """What gives the tokens of a sentence; the same ones come again and again."""
+    if tokenizer is None:
+        return encode_bytes
+    backend = tokenizer.backend_tokenizer
+
+    @lru_cache(maxsize=50_000)
+    def encode(text: bytes) -> np.ndarray:
+        return np.array(backend.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+
+    return encode
