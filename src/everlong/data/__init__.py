@@ -1,6 +1,7 @@
 """Data: tokens, texts from files, packages and the hub, and the tasks made from them."""
 
 from .babi import BabiConfig
+from .babilong import BabilongConfig
 from .config import DataConfig
 from .haystack import HaystackConfig, HaystackDataset
 from .language import TextConfig
@@ -10,13 +11,18 @@ from .rows import PackedDataset, StreamedDataset, StreamsDataset
 from .text import Document, load_text, split
 from .tokenizer import byte_tokenizer, encode_bytes, gives_back, load_tokenizer, train_tokenizer
 
-HAYSTACKS: dict[str, type[HaystackConfig]] = {"needle": NeedleConfig, "babi": BabiConfig}
+HAYSTACKS: dict[str, type[HaystackConfig]] = {
+    "needle": NeedleConfig,
+    "babi": BabiConfig,
+    "babilong": BabilongConfig,
+}
 TASKS: dict[str, type[DataConfig]] = {**HAYSTACKS, "text": TextConfig}
 
 __all__ = [
     "HAYSTACKS",
     "TASKS",
     "BabiConfig",
+    "BabilongConfig",
     "DataConfig",
     "Document",
     "HaystackConfig",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .babi import Story
+from .babi_story import Story
 from .babi_world import simulate
 from .config import digest
 from .corpus import cache_home
