@@ -14,25 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .babi_story import Story
 from .config import digest
 from .haystack import TEST_SEED, Haystack, HaystackConfig, HaystackDataset, Sentence
 from .text import load_text, split
-
-
-@dataclass(frozen=True)
-class Story:
-    """A question and all sentences before it; `support` is the last one that the answer rests on."""
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-    support: int
-
-    @property
-    def tokens(self) -> int:
-        """Bytes of its sentences, as they stand in a sample."""
-        sentences = [*self.facts, self.question, self.answer]
-        return sum(len(sentence.encode()) + 1 for sentence in sentences)
 
 
 @dataclass(frozen=True)
@@ -148,8 +133,8 @@ def read_stories(path: Path) -> list[list[Story]]:
             numbers.append(int(number))
             facts.append(text)
             continue
-        support = max(numbers.index(int(each)) for each in supports.split())
-        blocks[-1].append(Story(tuple(facts), text.strip(), answer, support))
+        rests_on = tuple(numbers.index(int(each)) for each in supports.split())
+        blocks[-1].append(Story(tuple(facts), text.strip(), answer, rests_on))
     return blocks
 
 
