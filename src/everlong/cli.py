@@ -9,6 +9,7 @@ import argparse
 import inspect
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from everlong import __version__
 
-TASKS = ("needle", "babi")
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
 GRACE = 5.0  # seconds in which torchrun ends the processes of which one has ended
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     options.overrides = overrides
+    options.command_line = list(sys.argv[1:] if arguments is None else map(str, arguments))
     try:
         _quiet()
         return options.run(options)
@@ -111,10 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
     runs.set_defaults(run=_runs)
 
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
-    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder that training wrote")
-    evaluate.add_argument("--tasks", default="needle", help=f"one of {', '.join(TASKS)}")
+    evaluate.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a folder with a model, or a hub id"
+    )
+    evaluate.add_argument(
+        "--tasks", default="needle", help="by commas: needle, babilong, perplexity, ..."
+    )
     evaluate.add_argument("--lengths", default="512,1k,2k,4k", help="tokens, by commas; 1k = 1024")
-    evaluate.add_argument("--samples", type=int, default=100, help="for each length (100)")
+    evaluate.add_argument(
+        "--samples", default="100", help="for each length (100), or 16k:100,128k:20: so many up to each"
+    )
     evaluate.add_argument(
         "--passages",
         type=int,
@@ -122,6 +129,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
     evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi")
+    evaluate.add_argument(
+        "--setting",
+        default="auto",
+        choices=("auto", "trained", "few-shot"),
+        help="of babilong: as its recipes train it, or with lm-eval's instruction and examples "
+        "(auto: the first for models trained on it)",
+    )
+    evaluate.add_argument(
+        "--babilong", metavar="FOLDER", help="its published samples, instead of simulated ones"
+    )
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
@@ -202,17 +219,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return known, overrides
 
 
-def parse_lengths(text: str) -> list[int]:
-    """The numbers of tokens in a list: "512,1k,2k" -> [512, 1024, 2048]."""
-    lengths = []
-    for part in text.lower().split(","):
-        number = part.strip().removesuffix("k")
-        if not number.isdigit() or int(number) == 0:
-            raise ValueError(f"lengths are token numbers such as 512,1k,2k, got {part!r}")
-        lengths.append(int(number) * (1024 if part.strip().endswith("k") else 1))
-    return lengths
-
-
 def _quiet() -> None:
     """Leave the terminal to everlong's own progress."""
     from transformers.utils import logging
@@ -261,20 +267,20 @@ def _score(folder: Path) -> None:
     # Not by load_recipe: the other processes have left, and it would wait for them.
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     asked = recipe["evaluation"]
-    for task in asked["tasks"]:
-        _evaluate(
-            argparse.Namespace(
-                models=[str(folder)],
-                tasks=task,
-                lengths=",".join(map(str, asked["lengths"])),
-                samples=asked["samples"],
-                out=str(folder / "evaluation" / task),
-                seed=recipe["seed"],
-                source=None,
-                stories=None,
-                passages=0,
-            )
-        )
+    if not asked["tasks"]:
+        return
+    arguments = [
+        "eval",
+        str(folder),
+        f"--tasks={','.join(asked['tasks'])}",
+        f"--lengths={','.join(map(str, asked['lengths']))}",
+        f"--samples={asked['samples']}",
+        f"--seed={recipe['seed']}",
+        f"--out={folder / 'evaluation'}",
+    ]
+    options = build_parser().parse_args(arguments)
+    options.command_line = arguments
+    _evaluate(options)
 
 
 def _runs(options: argparse.Namespace) -> int:
@@ -292,46 +298,42 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from everlong.evaluation import (
-        evaluate_needle_folder,
-        name_apart,
-        plot_needle,
-        print_needle_table,
-        write_markdown,
-        write_results,
-    )
+    from everlong.evaluation import SampleCounts, TaskOptions, build_tasks, evaluate, parse_length
+    from everlong.evaluation.report import print_tables, write_report
 
-    task = options.tasks
-    if task not in TASKS:
-        raise ValueError(f"--tasks takes one of {', '.join(TASKS)}, got {task!r}")
-    if options.passages < 0:
-        raise ValueError(f"passages must be at least 0, got {options.passages}")
-    lengths = parse_lengths(options.lengths)
+    lengths = [parse_length(each) for each in options.lengths.split(",")]
+    counts = SampleCounts.parse(str(options.samples))
+    names = [each.strip() for each in options.tasks.split(",") if each.strip()]
+    chosen = TaskOptions(
+        seed=options.seed,
+        source=options.source,
+        stories=options.stories,
+        setting=options.setting,
+        babilong=options.babilong,
+    )
+    tasks = build_tasks(names, lengths, chosen)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
-    reports = []
-    models = list(dict.fromkeys(options.models))
-    for folder in models:
-        reports.append(
-            evaluate_needle_folder(
-                folder,
-                lengths,
-                options.samples,
-                task=task,
-                seed=options.seed,
-                source=options.source,
-                stories=options.stories,
-                passages=options.passages,
-            )
-        )
-        write_results(out / "results.json", reports, task, seed=options.seed)
-    reports = name_apart(reports, models)
-    write_results(out / "results.json", reports, task, seed=options.seed)
-    print_needle_table(reports)
-    table, picture = out / f"{task}.md", out / f"{task}.png"
-    write_markdown(table, reports)
-    plot_needle(picture, reports, task)
-    print(f"written: {out / 'results.json'}, {table}, {picture}")
+    settings = {
+        "command": shlex.join(["everlong", *options.command_line]),
+        "lengths": lengths,
+        "samples": str(options.samples),
+        "seed": options.seed,
+    }
+    results, samples = evaluate(
+        list(dict.fromkeys(options.models)),
+        tasks,
+        lengths,
+        counts,
+        out,
+        settings=settings,
+        passages=options.passages,
+        on_results=lambda results: results.write(out / "results.json"),
+    )
+    if _is_main():
+        written = write_report(results, out, samples)
+        print_tables(results)
+        print(f"written: {', '.join(map(str, written))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""BABILong (Kuratov et al., 2024): the sentences of a story of bAbI, in order, among those of a long text.
+"""BABILong (Kuratov et al., 2024): the sentences of a bAbI story, in order, among those of a long text.
 
 Stories are told by `simulate`, as many as wanted; the text is any source. A sample is
 "... Mary moved to the bathroom. ... Where is Mary? bathroom.", in tokens of any tokenizer.
@@ -63,11 +63,6 @@ class BabilongConfig(HaystackConfig):
             raise ValueError(f"together is a share of the samples, in [0, 1], got {self.together}")
         super().__post_init__()
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of an answer, at most."""
-        return 32
-
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer by name."""
         if self.tokenizer != BPE:
@@ -104,16 +99,34 @@ class BabilongConfig(HaystackConfig):
     ) -> tuple[BabilongDataset, BabilongDataset]:
         """The training and the held-out data set; they share neither stories nor text."""
         tokenizer = None if self.tokenizer == BYTES else self.build_tokenizer()
-        encode = _encoder(tokenizer)
-        full_length = replace(self, start_length=None)
-        train, test = (
-            _haystack(documents, tokenizer)
-            for documents in split(load_text(self.source), fraction=self.held_out)
-        )
+        train, _ = split(load_text(self.source), fraction=self.held_out)
         return (
-            BabilongDataset(train, self, num_samples, seed, batch, encode),
-            BabilongDataset(test, full_length, num_samples, TEST_SEED + seed, batch, encode),
+            self._over(train, tokenizer, num_samples, seed, batch),
+            self.held_out_data(tokenizer, num_samples, seed, batch),
         )
+
+    def held_out_data(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None,
+        num_samples: int,
+        seed: int = 0,
+        batch: int = 1,
+    ) -> BabilongDataset:
+        """The held-out data set in the tokens of a tokenizer; None: bytes."""
+        _, test = split(load_text(self.source), fraction=self.held_out)
+        plain = replace(self, start_length=None)
+        return plain._over(test, tokenizer, num_samples, TEST_SEED + seed, batch)
+
+    def _over(
+        self,
+        documents: Sequence[Document],
+        tokenizer: PreTrainedTokenizerFast | None,
+        num_samples: int,
+        seed: int,
+        batch: int,
+    ) -> BabilongDataset:
+        haystack, encode = _haystack(documents, tokenizer), _encoder(tokenizer)
+        return BabilongDataset(haystack, self, num_samples, seed, batch, encode)
 
 
 class BabilongDataset(HaystackDataset):
@@ -125,6 +138,23 @@ class BabilongDataset(HaystackDataset):
         self, rng: np.random.Generator, depth: float | None, length: int
     ) -> tuple[list[Sentence], int]:
         """The story's sentences in their order, with the questions among them, the last one last."""
+        asked = self._story(rng, length)
+        story = asked[-1]
+        sentences, place = self._facts(rng, asked, depth)
+        return [*sentences, _question(story, 1.0)], place
+
+    def context(self, index: int, length: int) -> tuple[np.ndarray, Story, float]:
+        """What a reader is given before the question of sample `index`: its tokens, `length` of them
+        (0: the facts alone); the story; and the place in [0, 1] of the last fact that matters."""
+        rng = np.random.default_rng((self.seed, index))
+        asked = self._story(rng, length)
+        sentences, place = self._facts(rng, asked, None)
+        sample = self.assemble(rng, sentences, place, length)
+        return sample["input_ids"].numpy(), asked[-1], sample["depth"]
+
+    def _story(self, rng: np.random.Generator, length: int) -> list[Story]:
+        """A question of a story that fits into so many tokens (0: any), behind those that are asked
+        before it."""
         config = self.config
         task = config.tasks[int(rng.integers(len(config.tasks)))]
         for _ in range(TRIES):
@@ -132,29 +162,32 @@ class BabilongDataset(HaystackDataset):
             number = int(rng.integers(len(block)))
             asked = block[: number + 1] if config.ask == "all" else [block[number]]
             if not length or self._tokens(asked) < length:
-                break
-        else:
-            raise ValueError(
-                f"length {length} is too short: of {TRIES:,} stories of {task} none fits; take a longer "
-                "one or other tasks"
-            )
+                return asked
+        raise ValueError(
+            f"length {length} is too short: of {TRIES:,} stories of {task} none fits; take a longer "
+            "one or other tasks"
+        )
+
+    def _facts(
+        self, rng: np.random.Generator, asked: Sequence[Story], depth: float | None
+    ) -> tuple[list[Sentence], int]:
+        """The sentences before the last question, each at its depth, and the one that answers it."""
         story = asked[-1]
         depths = np.sort(rng.random(len(story.facts)))
-        if rng.random() < config.together:
+        if rng.random() < self.config.together:
             depths[:] = 1.0
         if depth is not None:
             before, after = depths[: story.support], depths[story.support + 1 :]
             depths = np.concatenate([before * depth, [depth], depth + (1 - depth) * after])
-        sentences = []
-        questions = {len(each.facts): each for each in asked}
-        place = 0
-        for i, (at, fact) in enumerate(zip(depths, story.facts, strict=True), 1):
-            if i - 1 == story.support:
+        questions = {len(each.facts): each for each in asked[:-1]}
+        sentences, place = [], 0
+        for i, (at, fact) in enumerate(zip(depths, story.facts, strict=True)):
+            if i == story.support:
                 place = len(sentences)
             sentences.append(Sentence(float(at), f" {fact}".encode(), b"", b"", False))
-            if i in questions and i < len(story.facts):
-                sentences.append(_question(questions[i], float(at)))
-        return [*sentences, _question(story, 1.0)], place
+            if i + 1 in questions:
+                sentences.append(_question(questions[i + 1], float(at)))
+        return sentences, place
 
     def _tokens(self, asked: Sequence[Story]) -> int:
         """Tokens of all facts and questions."""

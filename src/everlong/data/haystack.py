@@ -186,6 +186,13 @@ class HaystackDataset(Dataset):
             raise ValueError(f"depth must lie in [0, 1], got {depth}")
         rng = np.random.default_rng((self.seed, index))
         sentences, asked = self.draft(rng, depth, length)
+        return self.assemble(rng, sentences, asked, length)
+
+    def assemble(
+        self, rng: np.random.Generator, sentences: Sequence[Sentence], asked: int, length: int
+    ) -> dict[str, Any]:
+        """These sentences in a window of the haystack, `length` tokens in all (0: the sentences
+        alone)."""
         pieces = [_Piece.of(sentence, self.encode) for sentence in sentences]
         taken = sum(len(piece.tokens) for piece in pieces)
         room = length - taken if length else 0
@@ -195,7 +202,7 @@ class HaystackDataset(Dataset):
                 f"{taken} tokens of it; take a longer one or fewer of them"
             )
         window = self.haystack.window(int(rng.integers(len(self.haystack.tokens))), room)
-        return assemble(window, pieces, asked, self.config.text_loss, rng)
+        return _assemble(window, pieces, asked, self.config.text_loss, rng)
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ class _Piece:
         return cls(sentence.depth, np.concatenate(parts), start, end, sentence.is_question)
 
 
-def assemble(
+def _assemble(
     window: Haystack,
     pieces: list[_Piece],
     asked: int,

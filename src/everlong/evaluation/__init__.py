@@ -1,28 +1,30 @@
-"""Evaluation: long-context tasks for any causal language model of transformers, and reports."""
+"""Evaluation: long-context tasks and lm-eval's for any causal language model of transformers, and reports."""
 
-from .folders import evaluate_needle_folder, load_model, longest_text, name_apart
-from .needle import NeedleScore, attention_reach, evaluate_needle
-from .report import (
-    NeedleReport,
-    length_name,
-    plot_needle,
-    print_needle_table,
-    write_markdown,
-    write_results,
-)
+from .haystack import attention_reach
+from .loading import load_model, load_subject, longest_text
+from .results import Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from .run import SampleCounts, evaluate, length_name, parse_length
+from .subject import Subject
+from .task import Task
+from .tasks import TaskOptions, build_tasks
 
 __all__ = [
-    "NeedleReport",
-    "NeedleScore",
+    "Cell",
+    "Estimate",
+    "Metric",
+    "ModelInfo",
+    "Results",
+    "SampleCounts",
+    "Subject",
+    "Task",
+    "TaskInfo",
+    "TaskOptions",
     "attention_reach",
-    "evaluate_needle",
-    "evaluate_needle_folder",
+    "build_tasks",
+    "evaluate",
     "length_name",
     "load_model",
+    "load_subject",
     "longest_text",
-    "name_apart",
-    "plot_needle",
-    "print_needle_table",
-    "write_markdown",
-    "write_results",
+    "parse_length",
 ]

@@ -16,6 +16,8 @@ from .results import ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CACHED_TOKENS = 1 << 18
+
 
 @dataclass
 class Subject:
@@ -23,6 +25,8 @@ class Subject:
 
     recipe: what it was trained by, {} if that is not known. piece: tokens it is fed at a time.
     tokens_per_forward: rows are read side by side, up to so many tokens a call.
+    passages: if not 0, the model reads so many of a text's passages that fit the question best
+        (`Retrieval`) instead of the text, where a task knows how.
     on_tokens: told of tokens that were read, for a progress bar.
     """
 
@@ -32,6 +36,7 @@ class Subject:
     recipe: dict[str, Any] = field(default_factory=dict)
     piece: int = 1024
     tokens_per_forward: int = 32768
+    passages: int = 0
     on_tokens: Callable[[int], None] = lambda tokens: None
 
     def __post_init__(self) -> None:
@@ -42,8 +47,12 @@ class Subject:
         self.cache_name = "cache_params" if is_mamba else "past_key_values"
 
     def rows(self, length: int) -> int:
-        """How many texts of a length are read side by side."""
-        return max(1, self.tokens_per_forward // max(min(self.piece, length), 1))
+        """How many texts of a length are read side by side. What a model with a cache that grows holds
+        of them is bounded too."""
+        at_once = self.tokens_per_forward // max(min(self.piece, length), 1)
+        if not getattr(self.model, "_is_stateful", False):
+            at_once = min(at_once, CACHED_TOKENS // max(length, 1))
+        return max(1, at_once)
 
     @torch.inference_mode()
     def read(self, ids: Tensor, keep: int = 1, cache: Any = None) -> tuple[Tensor, Any]:
@@ -109,7 +118,7 @@ class Subject:
                     texts[row] = self._text(rows[row], stop)
                     continue
                 rows[row].append(each)
-                if stop and any(mark in self._decode(rows[row]) for mark in stop):
+                if stop and any(mark in self.decode(rows[row]) for mark in stop):
                     texts[row] = self._text(rows[row], stop)
             if step + 1 == new_tokens or all(text is not None for text in texts):
                 break
@@ -131,16 +140,29 @@ class Subject:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before a text, such as a bos token."""
+        with_it = self.tokenizer("a")["input_ids"]
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return next((with_it[:i] for i in range(len(with_it)) if with_it[i:][: len(bare)] == bare), [])
+
+    def shorten(self, prompt: Tensor) -> Tensor:
+        """Of a prompt [T] the passages that fit its end best, and its end."""
+        from everlong.models import Retrieval
+
+        return Retrieval(self.tokenizer, num_passages=self.passages).shorten(prompt)
+
     def _ends(self) -> set[int]:
         known = getattr(self.model, "generation_config", None)
         ends = getattr(known, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         return {each for each in [*ends, self.tokenizer.eos_token_id] if each is not None}
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of token ids [T], without special ones."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
-        text = self._decode(ids)
+        text = self.decode(ids)
         places = [text.find(mark) for mark in stop if mark in text]
         return text[: min(places)] if places else text

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from .results import NUM_DEPTH_BINS, Cell, Estimate, TaskInfo
 from .subject import Subject
 
 Record = dict[str, Any]
-"""A scored sample, as JSON values: index, scores ({metric: number}), tokens (read); where they are
-known depth (in [0, 1]) and group; and what a reader wants to see, such as prompt, answer, wanted."""
+"""A scored sample, as JSON values: index, scores ({metric: number}), tokens (read), seconds (its
+share); where they are known depth (in [0, 1]) and group; and what a reader wants to see: prompt (its
+end), wanted, answer."""
 
 
 class Task(ABC):
@@ -41,15 +45,13 @@ class Task(ABC):
     ) -> Iterator[Record]:
         """Ask and score these samples of `count`, in an order that may be another."""
 
-    def cells(
-        self, subject: Subject, length: int | None, records: Sequence[Record], seconds: float
-    ) -> list[Cell]:
+    def cells(self, subject: Subject, length: int | None, records: Sequence[Record]) -> list[Cell]:
         """What the scored samples come to: all of them, and each group by itself."""
         groups = sorted({record["group"] for record in records if record.get("group") is not None})
         return [
-            self.cell(subject, length, records, seconds, None),
+            self.cell(subject, length, records),
             *(
-                self.cell(subject, length, [r for r in records if r.get("group") == group], 0.0, group)
+                self.cell(subject, length, [r for r in records if r.get("group") == group], group)
                 for group in groups
             ),
         ]
@@ -59,8 +61,7 @@ class Task(ABC):
         subject: Subject,
         length: int | None,
         records: Sequence[Record],
-        seconds: float,
-        group: str | None,
+        group: str | None = None,
     ) -> Cell:
         """One cell of these samples."""
         metrics = {
@@ -75,8 +76,23 @@ class Task(ABC):
             group=group,
             by_depth=_by_depth(records, self.info.main),
             tokens=sum(record["tokens"] for record in records) / max(len(records), 1),
-            seconds=seconds,
+            seconds=sum(record.get("seconds", 0.0) for record in records),
         )
+
+
+@dataclass
+class SharedTime:
+    """each: seconds a sample, once the work is done."""
+
+    each: float = 0.0
+
+
+@contextmanager
+def share_time(samples: int) -> Iterator[SharedTime]:
+    """The time of work that is done for several samples at once, shared among them."""
+    started, shared = time.perf_counter(), SharedTime()
+    yield shared
+    shared.each = (time.perf_counter() - started) / samples
 
 
 def _by_depth(records: Sequence[Record], metric: str) -> list[Estimate]:

@@ -1,0 +1,192 @@
+"""Models from folders and from the hub, as subjects of an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from everlong.provenance import RECIPE_FILE, RESULT_FILE
+
+from .results import ModelInfo
+from .subject import Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last bytes are hashed
+MODEL_FILES = ("*.safetensors", "*.gguf", "*.bin", "config.json", "tokenizer.json")
+
+
+def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and the tokenizer in a local folder, or of a hub id, on the accelerator
+    if there is one. A folder may hold a single GGUF file instead.
+
+    Raises ValueError if the folder holds no model, or none that was finished, or one that is damaged.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = _where(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # a truncated or foreign file: every loader raises its own kind
+        raise ValueError(_unloadable(folder, error)) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens that a model takes at most; None where there is no such limit."""
+    if getattr(model, "_is_stateful", False):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def load_subject(folder: str | Path, **options: Any) -> Subject:
+    """The model in a folder, or of a hub id, to be evaluated. options: fields of `Subject`."""
+    model, tokenizer = load_model(folder)
+    return _subject(folder, model, tokenizer, options)
+
+
+def load_outline(folder: str | Path, **options: Any) -> Subject:
+    """As `load_subject`, without weights: enough to say what the model can be asked.
+
+    Raises ValueError as `load_model`, but for damaged weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = _where(folder)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:
+        raise ValueError(_unloadable(folder, error)) from error
+    return _subject(folder, model, tokenizer, options)
+
+
+def name_apart(infos: Sequence[ModelInfo]) -> list[ModelInfo]:
+    """The models with names unlike each other. Those with a common label are seeds of one recipe."""
+    named = []
+    for info in infos:
+        same = [other for other in infos if other.label == info.label]
+        recipes = [recipe_of(Path(other.path)) for other in same]
+        seeds = {recipe.pop("seed", None) for recipe in recipes}
+        for recipe in recipes:
+            recipe.pop("output_dir", None)
+        if len(same) == 1:
+            named.append(info)
+        elif len(seeds) == len(same) and all(recipe == recipes[0] for recipe in recipes):
+            named.append(replace(info, name=f"{info.label}, seed {info.seed}"))
+        else:
+            label = f"{info.label} {info.path}"
+            named.append(replace(info, name=label, label=label))
+    return named
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of a run folder, or of the run that a checkpoint folder lies in; empty if none."""
+    for place in (folder, folder.resolve().parent):
+        if (place / RECIPE_FILE).is_file():
+            return yaml.safe_load((place / RECIPE_FILE).read_text(encoding="utf-8"))
+    return {}
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash of the weights, the configuration and the tokenizer in a folder; of a hub id, its name."""
+    hashed = hashlib.blake2b(digest_size=16)
+    paths = sorted(path for pattern in MODEL_FILES for path in Path(folder).glob(pattern))
+    if not paths:
+        hashed.update(str(folder).encode())
+    for path in paths:
+        hashed.update(path.name.encode())
+        hashed.update(_head_and_tail(path))
+    return hashed.hexdigest()
+
+
+def _head_and_tail(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        head = file.read(WHOLE // 2)
+        file.seek(size - WHOLE // 2)
+        return str(size).encode() + head + file.read()
+
+
+def _subject(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> Subject:
+    path = Path(folder)
+    recipe = recipe_of(path) if path.is_dir() else {}
+    label = recipe.get("name") or path.resolve().name if path.is_dir() else str(folder)
+    if recipe and not (path / RECIPE_FILE).is_file():  # a checkpoint of a run
+        label = f"{label} {path.resolve().name}"
+    if options.get("passages"):
+        label = f"{label} +RAG"
+    result = path / RESULT_FILE
+    info = ModelInfo(
+        name=label,
+        label=label,
+        path=str(folder),
+        kind=model.config.model_type,
+        parameters=model.num_parameters(),
+        seed=recipe.get("seed"),
+        training_length=recipe.get("data", {}).get("length"),
+        longest=longest_text(model),
+        about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
+        fingerprint=fingerprint(folder),
+    )
+    return Subject(model, tokenizer, info, recipe, **options)
+
+
+def gguf_file(folder: Path) -> str | None:
+    """The name of the single GGUF file of a folder without a config.json; None if there is no such."""
+    found = sorted(folder.glob("*.gguf"))
+    return found[0].name if len(found) == 1 and not (folder / "config.json").is_file() else None
+
+
+def _where(folder: str | Path) -> dict[str, Any]:
+    """Arguments of from_pretrained. Raises ValueError for a folder without a model."""
+    path = Path(folder)
+    if not path.is_dir():
+        if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+            return {"pretrained_model_name_or_path": str(folder)}
+        raise ValueError(f"{folder} does not exist: name a folder that training wrote, or a hub id")
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    file = gguf_file(path)
+    if file is not None:
+        return {**where, "gguf_file": file}
+    if not (path / "config.json").is_file():
+        hint = (
+            f"its training has not finished: continue it with `everlong train --resume {folder}`, "
+            "or name one of its checkpoint folders"
+            if (path / RECIPE_FILE).is_file()
+            else "name a folder that training wrote"
+        )
+        raise ValueError(f"{folder} holds no model (no config.json): {hint}")
+    return where
+
+
+def _unloadable(folder: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if not Path(folder).is_dir():
+        return (
+            f"{folder} can be loaded neither from a folder nor from the hub ({reason}): where the hub "
+            f"is out of reach, download it elsewhere (`hf download {folder} --local-dir FOLDER`), copy "
+            "the folder here and name it"
+        )
+    return (
+        f"{folder} cannot be loaded: {reason}. If a file of it is cut short, "
+        "train it anew or name an earlier checkpoint"
+    )

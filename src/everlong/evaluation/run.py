@@ -1,0 +1,236 @@
+"""The run of an evaluation: checked before any work, in batches, resumable, over several processes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from everlong.data.config import digest
+
+from .loading import load_outline, load_subject, name_apart
+from .results import FORMAT, Cell, Results
+from .store import Samples
+from .subject import Subject
+from .task import Record, Task
+
+RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
+SHOWN = 5  # samples of each cell that a report shows
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """How many samples at which length: "100", or "16k:100,128k:20,1m:5", so many up to each."""
+
+    upto: tuple[tuple[int | None, int], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> SampleCounts:
+        """Raises ValueError for another form."""
+        parts = []
+        for part in text.split(","):
+            length, colon, number = part.strip().rpartition(":")
+            if not number.isdigit() or int(number) < 1 or bool(colon) != bool(length):
+                raise ValueError(
+                    "samples are a number, or numbers up to lengths such as 16k:100,128k:20, "
+                    f"got {text!r}"
+                )
+            parts.append((parse_length(length) if colon else None, int(number)))
+        ends = [end for end, _ in parts if end is not None]
+        if ends != sorted(set(ends)) or any(end is None for end, _ in parts[:-1]):
+            raise ValueError(
+                "samples up to lengths must name ever longer ones, one without a length last, "
+                f"got {text!r}"
+            )
+        return cls(tuple(parts))
+
+    def at(self, length: int | None) -> int:
+        """For a length; beyond the last one that is named, what was said for that."""
+        for end, number in self.upto:
+            if end is None or (length is not None and length <= end):
+                return number
+        return self.upto[-1][1] if length is not None else self.upto[0][1]
+
+
+def parse_length(text: str) -> int:
+    """512, 1k = 1,024, 2m = 2 x 1,024 x 1,024; 0k is 0, a text without noise.
+
+    Raises ValueError for another form.
+    """
+    found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    if found is None:
+        raise ValueError(f"lengths are token numbers such as 512,1k,1m, got {text!r}")
+    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]]
+
+
+@dataclass
+class _Job:
+    """A model's samples of a task at a length."""
+
+    task: Task
+    length: int | None
+    count: int
+
+    def store(self, subject: Subject, folder: Path, rank: int) -> Samples:
+        """Where its samples are kept: by all that they depend on."""
+        key = [FORMAT, subject.info.fingerprint, subject.passages, self.task.info.settings]
+        key += [self.length, self.count]
+        hashed = digest(json.dumps(key, sort_keys=True).encode())[:10]
+        length = "" if self.length is None else f"-{self.length}"
+        model = re.sub(r"[^\w.-]+", "_", subject.info.label)
+        return Samples(folder / model, f"{self.task.info.name}{length}-{hashed}", rank)
+
+    def cost(self, subject: Subject, samples: int) -> int:
+        """Tokens of so many samples, about."""
+        return samples * max(self.task.cost(subject, self.length), 1)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    samples: SampleCounts | int = 100,
+    out: str | Path = "runs/scores",
+    *,
+    settings: dict[str, Any] | None = None,
+    console: Console | None = None,
+    on_results: Callable[[Results], None] = lambda results: None,
+    **options: Any,
+) -> tuple[Results, dict[tuple[str, str], list[Record]]]:
+    """Ask models tasks at lengths, and return what came of it and a few samples of each task and model.
+
+    Everything is checked before any work. Samples are kept in `out`/samples as they are scored: what is
+    there of the same model (weights and all), task and length is not asked again. With several
+    processes (`torchrun`, `accelerate launch`) each asks its share, and the main one writes.
+    settings: kept in the results. options: fields of `Subject`. on_results: told of what is there after
+    each model and task at a length.
+    Raises ValueError for whatever a model or task cannot take, all of it in one message.
+    """
+    from accelerate import PartialState
+
+    counts = samples if isinstance(samples, SampleCounts) else SampleCounts(((None, samples),))
+    state = PartialState()
+    out = Path(out)
+    outlines = [load_outline(model, **options) for model in models]
+    for outline, info in zip(outlines, name_apart([o.info for o in outlines]), strict=True):
+        outline.info = info
+    plan = [_jobs(outline, tasks, lengths, counts) for outline in outlines]
+    console = console or Console(stderr=True)
+    cells: list[Cell] = []
+    shown: dict[tuple[str, str], list[Record]] = {}
+    results = Results([task.info for task in tasks], [o.info for o in outlines], cells, settings or {})
+    total = sum(job.cost(o, job.count) for o, jobs in zip(outlines, plan, strict=True) for job in jobs)
+    with _Bar(console, total, shown=state.is_main_process) as bar:
+        for model, outline, jobs in zip(models, outlines, plan, strict=True):
+            subject: Subject | None = None
+            for job in jobs:
+                store = job.store(outline, out / SAMPLES_FOLDER, state.process_index)
+                known = store.load()
+                missing = [index for index in range(job.count) if index not in known]
+                bar.done(job.cost(outline, job.count - len(missing)))
+                if missing and subject is None:
+                    subject = replace(load_subject(model, **options), info=outline.info)
+                    subject.on_tokens = bar.advance
+                mine = missing[state.process_index :: state.num_processes]
+                bar.begin(f"{outline.info.name} · {_name(job)}", job.cost(outline, len(mine)))
+                if mine:
+                    assert subject is not None
+                    for record in job.task.run(subject, job.length, mine, job.count):
+                        store.append(record)
+                state.wait_for_everyone()
+                if not state.is_main_process:
+                    continue
+                bar.end(job.cost(outline, len(missing) - len(mine)))
+                found = list(store.load().values())
+                cells += job.task.cells(outline, job.length, found)
+                shown.setdefault((job.task.info.name, outline.info.name), []).extend(found[:SHOWN])
+                on_results(results)
+    return results, shown
+
+
+def _jobs(
+    outline: Subject, tasks: Sequence[Task], lengths: Sequence[int], counts: SampleCounts
+) -> list[_Job]:
+    """What a model is asked, the short lengths first. Raises ValueError with all that it cannot be."""
+    jobs, wrong = [], []
+    for length in [None, *sorted(set(lengths))]:
+        for task in tasks:
+            if (length is None) == task.has_lengths:
+                continue
+            try:
+                task.check(outline, length)
+                jobs.append(_Job(task, length, task.count(outline, length, counts.at(length))))
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n  ".join(dict.fromkeys(wrong)))
+    return jobs
+
+
+def length_name(length: int) -> str:
+    """512 -> "512", 2048 -> "2K", 1048576 -> "1M"; 0 -> "0K"."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if length >= unit and length % unit == 0:
+            return f"{length // unit}{name}"
+    return "0K" if length == 0 else str(length)
+
+
+def _name(job: _Job) -> str:
+    return job.task.info.name + ("" if job.length is None else f" at {length_name(job.length)}")
+
+
+class _Bar:
+    """One bar for all the work, in tokens, with the time that is left."""
+
+    def __init__(self, console: Console, total: int, *, shown: bool) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not shown,
+        )
+        self.task = self.bar.add_task("starting", total=max(total, 1))
+        self.left = 0
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def done(self, tokens: int) -> None:
+        """So many were there already."""
+        self.bar.advance(self.task, tokens)
+
+    def begin(self, description: str, tokens: int) -> None:
+        """A part of the work, of about so many tokens."""
+        self.bar.update(self.task, description=description)
+        self.left = tokens
+
+    def advance(self, tokens: int) -> None:
+        """Tokens were read; no more of them count than the part was said to have."""
+        counted = min(tokens, self.left)
+        self.left -= counted
+        self.bar.advance(self.task, counted)
+
+    def end(self, tokens: int) -> None:
+        """The part is done, and so many by other processes."""
+        self.bar.advance(self.task, self.left + tokens)
+        self.left = 0
