@@ -128,11 +128,12 @@ class Subject:
             for row, text in zip(rows, texts, strict=True)
         ]
 
-    def copy(self, cache: Any, rows: int = 1) -> Any:
-        """A cache at the same place that may be used up, with each row `rows` times."""
+    def copy(self, cache: Any, rows: int = 1, batch: int = 1) -> Any:
+        """A cache (of `batch` rows) at the same place that may be used up, with each row `rows` times."""
         new = cache.copy() if hasattr(cache, "copy") else copy.deepcopy(cache)
-        if rows > 1:
-            new.batch_repeat_interleave(rows)
+        if rows > 1:  # not batch_repeat_interleave, which layers of linear attention lack
+            order = torch.arange(batch, device=self.model.device).repeat_interleave(rows)
+            new.reorder_cache(order)
         return new
 
     def encode(self, text: str) -> Tensor:
