@@ -1,4 +1,4 @@
-"""The `everlong` command: train, runs, eval, generate, tokenizer, demo.
+"""The `everlong` command: train, runs, eval, generate, tokenizer, data, demo.
 
 A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from everlong import __version__
 
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
-    evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi")
+    evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi (simulated)")
     evaluate.add_argument(
         "--setting",
         default="auto",
@@ -182,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_bytes", type=int, default=200_000_000, help="read no more text (200,000,000)"
     )
     tokenizer.set_defaults(run=_tokenizer)
+    _add_data_command(commands)
 
     demo = commands.add_parser(
         "demo",
@@ -193,6 +195,31 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_data_command(commands: Any) -> None:
+    """The command `data`: files of stories."""
+    data = commands.add_parser("data", help="write and check stories", description="Stories of bAbI.")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = actions.add_parser(
+        "babi-check",
+        help="answer all questions of bAbI's files",
+        description="Answer the questions of bAbI's files by reading their sentences, and print for "
+        "each task how many come out as the file has it. Exit code 1 if some do not.",
+    )
+    write = actions.add_parser(
+        "babi-write",
+        help="write simulated stories",
+        description="Write simulated stories as bAbI's files, for training and for tests.",
+    )
+    check.add_argument("folder", metavar="FOLDER", help="with qa1_..._train.txt and so on")
+    write.add_argument("folder", metavar="FOLDER", help="for the files")
+    write.add_argument("--tasks", default="qa1,qa2,qa3,qa4,qa5", help="of qa1 to qa10, by commas")
+    write.add_argument(
+        "--stories", type=int, default=10_000, help="questions to train on; a tenth for tests (10,000)"
+    )
+    write.add_argument("--seed", type=int, default=0, help="of the stories (0)")
+    data.set_defaults(run=_data)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -406,3 +433,18 @@ def _demo(options: argparse.Namespace) -> int:
 
     run_demo(full=options.full, out=Path(options.out) if options.out else None)
     return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from everlong.data.babi_files import check_babi, write_babi
+
+    folder = Path(options.folder)
+    if options.action == "babi-write":
+        tasks = [task.strip() for task in options.tasks.split(",")]
+        for path in write_babi(folder, tasks, options.stories, options.seed):
+            print(f"written: {path}")
+        return 0
+    counts = check_babi(folder)
+    for task, (right, asked) in counts.items():
+        print(f"{task}: {right} / {asked}")
+    return int(any(right < asked for right, asked in counts.values()))

@@ -1,6 +1,6 @@
 """Answers to the questions of bAbI's tasks qa1 to qa10, read from the sentences alone.
 
-It knows nothing of how stories are made (babi_world), so that each checks the other.
+It shares nothing with what makes stories (babi_world), so that each checks the other.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
 
-from .babi_world import TASKS
+TASKS = tuple(f"qa{number}" for number in range(1, 11))
 
 COUNTS = ("none", "one", "two", "three")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
@@ -21,7 +21,8 @@ RECENT = 5
 class Notes:
     """What the sentences so far tell.
 
-    at: the places where a person may be; two for "either", even if they are the same. path: those where a thing was, one after the other.
+    at: the places where a person may be; two for "either", even if they are the same.
+    path: those where a thing was, one after the other.
     carried: whether a person holds a thing now, of each that they ever held, in that order.
     given: sentence, giver, thing, receiver. beside: place -> direction -> what lies there.
     """
@@ -70,7 +71,9 @@ class Notes:
         return sorted(last.values(), reverse=True)
 
 
-SENTENCES: tuple[tuple[str, Callable[..., None]], ...] = (
+Patterns = tuple[tuple[str, Callable[..., Sequence[str] | None]], ...]
+
+SENTENCES: Patterns = (
     (r"(\w+) (?:went|went back|moved|journeyed|travelled) to the (\w+)", Notes.arrive),
     (r"(\w+) is in the (\w+)", Notes.arrive),
     (r"(\w+) is either in the (\w+) or the (\w+)", Notes.arrive),
@@ -109,7 +112,7 @@ def _gift(notes: Notes, giver: str, to: str) -> list[str]:
     return [thing for i, thing in things if i == things[0][0] or notes.sentences - i <= RECENT]
 
 
-QUESTIONS: tuple[tuple[str, Callable[..., Sequence[str]]], ...] = (
+QUESTIONS: Patterns = (
     (r"Where is the (\w+)", lambda notes, thing: notes.path[thing][-1:]),
     (r"Where is (\w+)", lambda notes, person: notes.at[person]),
     (r"Where was the (\w+) before the (\w+)", _before),
@@ -134,41 +137,39 @@ QUESTIONS: tuple[tuple[str, Callable[..., Sequence[str]]], ...] = (
 
 
 def answers(task: str, facts: Sequence[str], question: str) -> list[str]:
-    """All right answers to a question, the likeliest first.
+    """All right answers to a question, the likeliest first; none if the sentences do not tell.
 
     There is one but where qa5 asks what someone gave to another person and it was two things, of
     which its files take either.
-    Raises ValueError for another task, a sentence or question that is not of bAbI, and one that the
-    sentences do not answer.
+    Raises ValueError for another task, and for a sentence or question that is not of bAbI.
     """
     if task not in TASKS:
         raise ValueError(f"the tasks that can be answered are {', '.join(TASKS)}, not {task!r}")
     notes = Notes()
     for fact in facts:
-        note, words = _match(SENTENCES, fact, ".")
-        note(notes, *words)
+        number, words = _match(SENTENCES, fact.strip(), ".")
+        SENTENCES[number][1](notes, *words)
         notes.sentences += 1
-    ask, words = _match(QUESTIONS, question, "?")
+    number, words = _match(QUESTIONS, question.strip(), "?")
     try:
-        found = list(ask(notes, *words))
+        return list(QUESTIONS[number][1](notes, *words) or ())
     except (KeyError, ValueError):
-        found = []
-    if not found:
-        raise ValueError(f"the {len(facts)} sentences do not say the answer to {question!r}")
-    return found
+        return []
 
 
 def answer(task: str, facts: Sequence[str], question: str) -> str:
-    """The answer to a question; see `answers`."""
-    return answers(task, facts, question)[0]
+    """The answer to a question; see `answers`. Raises ValueError if the sentences do not tell it."""
+    found = answers(task, facts, question)
+    if not found:
+        raise ValueError(f"the {len(facts)} sentences do not tell the answer to {question!r}")
+    return found[0]
 
 
-def _match(
-    patterns: Sequence[tuple[str, Callable[..., Any]]], text: str, end: str
-) -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """What to do with a sentence or question, and the words that it is about."""
-    for pattern, act in patterns:
-        found = re.fullmatch(pattern + re.escape(end), text.strip())
+@lru_cache(maxsize=10_000)
+def _match(patterns: Patterns, text: str, end: str) -> tuple[int, tuple[str, ...]]:
+    """Which of the patterns a sentence or question follows, and the words that it is about."""
+    for number, (pattern, _) in enumerate(patterns):
+        found = re.fullmatch(pattern + re.escape(end), text)
         if found is not None:
-            return act, found.groups()
+            return number, found.groups()
     raise ValueError(f"it is no sentence of bAbI's qa1 to qa10: {text!r}")

@@ -8,7 +8,8 @@ the questions and their shares were measured on the published files, as `World`'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -38,19 +39,25 @@ def simulate(task: str, rng: np.random.Generator) -> list[Story]:
     gave to another person when two answers are right, as its file does in 36 of 10,000 questions.
     Raises ValueError for another task.
     """
-    if task == "qa4":
-        return [_map_story(rng)]
-    if task not in ASK:
+    return list(narrate(task, rng))
+
+
+def narrate(task: str, rng: np.random.Generator) -> Iterator[Story]:
+    """The stories of `simulate` one by one; what comes after the last one taken is not told."""
+    if task not in TASKS:
         raise ValueError(f"there is no simulation of {task!r}, only of {', '.join(TASKS)}")
+    if task == "qa4":
+        yield _map_story(rng)
+        return
     world, kinds = World.of(task, rng), KINDS.get(task, CARRYING)
     facts: list[str] = []
-    stories: list[Story] = []
-    while len(stories) < QUESTIONS:
+    asked = 0
+    while asked < QUESTIONS:
         facts += [world.say(world.happen(kinds), task) for _ in range(2)]
         question = ASK[task](world)
         if question is not None:
-            stories.append(Story(tuple(facts), *question))
-    return stories
+            asked += 1
+            yield Story(tuple(facts), *question)
 
 
 def _map_story(rng: np.random.Generator) -> Story:
@@ -162,7 +169,7 @@ def _ask_list(world: World) -> Question | None:
                 told.setdefault(thing, []).append(i)
         held = world.held(person)
         answer = ",".join(thing for thing in told if thing in held) or "nothing"
-        return Question(f"What is {person} carrying?", answer, tuple(sum(told.values(), [])))
+        return Question(f"What is {person} carrying?", answer, tuple(chain(*told.values())))
     return None
 
 

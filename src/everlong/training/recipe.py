@@ -160,11 +160,6 @@ def _check_tasks(recipe: Recipe) -> None:
     """Refuse tasks to score on at the end that could not be: the training would be over by then."""
     for task in recipe.evaluation.tasks:
         own = isinstance(recipe.data, HAYSTACKS[task])
-        if task == "babi" and not own:
-            raise ValueError(
-                "evaluation.tasks: babi needs the folder of its files, which a recipe of that task "
-                "names: leave it out, and run `everlong eval --tasks babi --stories FOLDER` afterwards"
-            )
         if task != "babilong" and getattr(recipe.data, "tokenizer", BYTES) != BYTES:
             raise ValueError(f"evaluation.tasks: {task} is scored on bytes; data.tokenizer is another")
         config = recipe.data if own else HAYSTACKS[task]()
