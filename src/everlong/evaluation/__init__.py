@@ -1,4 +1,4 @@
-"""Evaluation: long-context tasks and lm-eval's for any causal language model of transformers, and reports."""
+"""Evaluation of causal language models: long-context tasks, lm-eval's tasks, and reports."""
 
 from .haystack import attention_reach
 from .loading import load_model, load_subject, longest_text

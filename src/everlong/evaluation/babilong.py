@@ -304,7 +304,7 @@ def _published(where: str, task: str, length: int) -> Any:
 
 def _asked(around: Prompt, text: np.ndarray, question: str, wanted: str, depth: float | None) -> Asked:
     prompt = np.concatenate([np.array(around.head), text, np.array(around.tail)])
-    return Asked(prompt.astype(np.int64), question, wanted, depth)
+    return Asked(prompt.astype(np.int32), question, wanted, depth)
 
 
 def babilong_tasks(names: Sequence[str], **options: Any) -> list[BabilongTask]:

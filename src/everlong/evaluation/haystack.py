@@ -99,7 +99,7 @@ class HaystackTask(Task):
         for start in range(0, len(indices), rows):
             part = indices[start : start + rows]
             with share_time(len(part)) as time:
-                samples = [dataset.sample(i, length, depth=(i + 0.5) / count) for i in part]
+                samples = [_slim(dataset.sample(i, length, (i + 0.5) / count)) for i in part]
                 logits = _answers(subject, samples, dataset.config.longest_answer)
             for index, sample, row in zip(part, samples, logits, strict=True):
                 record = _record(subject, sample, row)
@@ -122,7 +122,9 @@ class HaystackTask(Task):
             if found:
                 more[name] = asdict(Estimate.of(found))
         distances = [record["distance"] for record in records]
-        return replace(cell, more={**more, "mean_distance": sum(distances) / len(distances)})
+        return replace(
+            cell, more={**cell.more, **more, "mean_distance": sum(distances) / len(distances)}
+        )
 
 
 def check_length(subject: Subject, length: int | None, instead: str = "") -> None:
@@ -147,6 +149,17 @@ def attention_reach(config: PretrainedConfig) -> int | None:
     return config.num_hidden_layers * window
 
 
+def _slim(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample in less memory: a text of a million tokens is held several times over."""
+    labels = sample["labels"]
+    answer = int((labels != IGNORE).sum())
+    return {
+        **sample,
+        "input_ids": sample["input_ids"].to(torch.int32),
+        "labels": labels[len(labels) - answer :].clone(),
+    }
+
+
 def _answers(subject: Subject, samples: list[dict[str, Any]], longest: int) -> torch.Tensor:
     """The logits [B, longest + 1, vocabulary] of the last tokens, from the one before them on."""
     ids = [sample["input_ids"] for sample in samples]
@@ -154,18 +167,15 @@ def _answers(subject: Subject, samples: list[dict[str, Any]], longest: int) -> t
         return subject.read(torch.stack(ids), longest + 1)[0]
     logits = []
     for row, sample in zip(ids, samples, strict=True):
-        answer = int((sample["labels"] != IGNORE).sum())
+        answer = len(sample["labels"])
         short = torch.cat([subject.shorten(row[:-answer]), row[-answer:]])
         logits.append(subject.read(short[None], longest + 1)[0])
     return torch.cat(logits)
 
 
 def _record(subject: Subject, sample: dict[str, Any], logits: torch.Tensor) -> Record:
-    labels = sample["labels"][-logits.shape[0] + 1 :]
-    asked = labels != IGNORE
-    given = logits[:-1].argmax(-1).cpu()[asked]
-    wanted = labels[asked]
-    ids = sample["input_ids"]
+    wanted, ids = sample["labels"], sample["input_ids"]
+    given = logits[-len(wanted) - 1 : -1].argmax(-1).cpu()
     return {
         "scores": {
             "exact": float(torch.equal(given, wanted)),

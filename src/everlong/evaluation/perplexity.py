@@ -114,7 +114,7 @@ class PerplexityTask(_OnDocuments):
         for start in range(0, len(indices), rows):
             part = indices[start : start + rows]
             ids = torch.stack(
-                [torch.from_numpy(documents[i][: self.longest].astype(np.int64)) for i in part]
+                [torch.from_numpy(documents[i][: self.longest].astype(np.int32)) for i in part]
             )
             with share_time(len(part)) as time:
                 losses = subject.losses(ids)[0].double().numpy() / math.log(2)

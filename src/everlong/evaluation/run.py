@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def evaluate(
                 if mine:
                     assert subject is not None
                     for record in job.task.run(subject, job.length, mine, job.count):
-                        store.append(record)
+                        store.append({**record, "peak_mib": _peak_memory()})
                 state.wait_for_everyone()
                 if not state.is_main_process:
                     continue
@@ -186,6 +187,20 @@ def length_name(length: int) -> str:
         if length >= unit and length % unit == 0:
             return f"{length // unit}{name}"
     return "0K" if length == 0 else str(length)
+
+
+def _peak_memory() -> float | None:
+    """The most memory that this process has held so far, in MiB; on an accelerator, that of tensors."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / (1 << 20)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
 
 
 def _name(job: _Job) -> str:

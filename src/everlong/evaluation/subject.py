@@ -56,12 +56,11 @@ class Subject:
 
     @torch.inference_mode()
     def read(self, ids: Tensor, keep: int = 1, cache: Any = None) -> tuple[Tensor, Any]:
-        """Read ids [B, T] in pieces, going on from `cache` (which is used up).
+        """Read ids [B, T] (of any integer type) in pieces, going on from `cache` (which is used up).
 
         Returns the logits [B, keep, V] of the last `keep` tokens (0 < keep <= T) and the cache to go on
         from. A model whose cache does not grow reads any length in constant memory.
         """
-        ids = ids.to(self.model.device)
         length = ids.shape[1]
         starts = list(range(0, length, self.piece))
         if len(starts) > 1 and length - starts[-1] < keep:
@@ -69,7 +68,7 @@ class Subject:
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             is_last = end == length
             outputs = self.model(
-                input_ids=ids[:, start:end],
+                input_ids=ids[:, start:end].to(self.model.device, torch.long),
                 use_cache=True,
                 logits_to_keep=keep if is_last else 1,
                 **{self.cache_name: cache},
@@ -82,10 +81,9 @@ class Subject:
     def losses(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The negative log-likelihood (nats, float32) of each of ids [B, T] but the first, given those
         before it: [B, T - 1], on the CPU; and the cache. Logits are held for one piece at a time."""
-        ids = ids.to(self.model.device)
         losses = []
         for start in range(0, ids.shape[1], self.piece):
-            part = ids[:, start : start + self.piece + 1]
+            part = ids[:, start : start + self.piece + 1].to(self.model.device, torch.long)
             read = part[:, : self.piece]
             outputs = self.model(input_ids=read, use_cache=True, **{self.cache_name: cache})
             cache = getattr(outputs, self.cache_name)
@@ -129,7 +127,7 @@ class Subject:
         ]
 
     def copy(self, cache: Any, rows: int = 1, batch: int = 1) -> Any:
-        """A cache (of `batch` rows) at the same place that may be used up, with each row `rows` times."""
+        """A cache (of `batch` rows) at the same place, to be used up, with each row `rows` times."""
         new = cache.copy() if hasattr(cache, "copy") else copy.deepcopy(cache)
         if rows > 1:  # not batch_repeat_interleave, which layers of linear attention lack
             order = torch.arange(batch, device=self.model.device).repeat_interleave(rows)

@@ -77,6 +77,7 @@ class Task(ABC):
             by_depth=_by_depth(records, self.info.main),
             tokens=sum(record["tokens"] for record in records) / max(len(records), 1),
             seconds=sum(record.get("seconds", 0.0) for record in records),
+            more=_peak(records),
         )
 
 
@@ -93,6 +94,11 @@ def share_time(samples: int) -> Iterator[SharedTime]:
     started, shared = time.perf_counter(), SharedTime()
     yield shared
     shared.each = (time.perf_counter() - started) / samples
+
+
+def _peak(records: Sequence[Record]) -> dict[str, float]:
+    peaks = [record["peak_mib"] for record in records if record.get("peak_mib") is not None]
+    return {"peak_mib": max(peaks)} if peaks else {}
 
 
 def _by_depth(records: Sequence[Record], metric: str) -> list[Estimate]:
