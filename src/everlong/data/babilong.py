@@ -152,6 +152,11 @@ class BabilongDataset(HaystackDataset):
         sample = self.assemble(rng, sentences, place, length)
         return sample["input_ids"].numpy(), asked[-1], sample["depth"]
 
+    def start(self, place: int, length: int) -> int:
+        """So that the window ends where a sentence does: what stands behind it is no part of one."""
+        size = len(self.haystack.tokens)
+        return (self.haystack.place((place + length) % size) - length) % size
+
     def _story(self, rng: np.random.Generator, length: int) -> list[Story]:
         """A question of a story that fits into so many tokens (0: any), behind those that are asked
         before it."""

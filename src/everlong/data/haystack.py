@@ -201,8 +201,13 @@ class HaystackDataset(Dataset):
                 f"length {length} is too short: the sentences and questions alone take "
                 f"{taken} tokens of it; take a longer one or fewer of them"
             )
-        window = self.haystack.window(int(rng.integers(len(self.haystack.tokens))), room)
+        start = self.start(int(rng.integers(len(self.haystack.tokens))), room)
+        window = self.haystack.window(start, room)
         return _assemble(window, pieces, asked, self.config.text_loss, rng)
+
+    def start(self, place: int, length: int) -> int:
+        """Where the window of so many tokens begins that is drawn at a place of the haystack."""
+        return place
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,7 @@ def _assemble(
         starts[i] = length + positions[i] - cursor + pieces[i].start
         length += positions[i] - cursor + len(pieces[i].tokens)
         cursor = positions[i]
+    parts.append(window.tokens[cursor:])
     input_ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     has_label = torch.zeros(len(input_ids), dtype=torch.bool)

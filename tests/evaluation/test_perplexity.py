@@ -1,0 +1,101 @@
+"""Bits a byte by position and by context, against a model whose losses are known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import Reader, subject
+from transformers import AutoModelForCausalLM
+
+from everlong.data import train_tokenizer
+from everlong.evaluation.perplexity import TARGET, ContextTask, PerplexityTask, _stretches
+from everlong.models import model_config
+
+
+def knows(seen):
+    """Expects what came `seen` bytes ago, once it has read so many: a text of that period costs little
+    from there on."""
+
+    def answer(text):
+        return text[-seen] if len(text) >= seen else 0
+
+    return answer
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for letter in "abc":
+        period = "".join(chr(ord(letter) + i % 20) for i in range(300))[:299] + " "
+        (folder / f"{letter}.txt").write_text(period * 10)
+    return str(folder)
+
+
+def cell(task, model, length, count):
+    records = list(task.run(model, length, range(count), count))
+    assert sorted(record["index"] for record in records) == list(range(count))
+    return task.cells(model, length, records)[0]
+
+
+def test_stretches_double_up_to_the_length():
+    assert _stretches(300) == [(1, 64), (64, 128), (128, 256), (256, 300)]
+
+
+def test_a_model_that_learns_a_period_pays_less_behind_it(source):
+    task = PerplexityTask(source, [1024])
+    model = subject(Reader(knows(300)))
+    task.check(model, None)
+    assert task.count(model, None, 100) == 3
+    found = cell(task, model, None, 3)
+    right = -math.log2(math.exp(9) / (math.exp(9) + 258))
+    wrong = right + 9 / math.log(2)
+    by_start = {point.start: point.estimate.value for point in found.curve}
+    assert by_start[1] == pytest.approx(wrong, abs=1e-4)
+    assert by_start[512] == pytest.approx(right, abs=1e-4)
+    assert right < by_start[256] < wrong
+    assert found.main.value == pytest.approx((299 * wrong + 724 * right) / 1023, abs=1e-3)
+
+
+def test_the_same_tokens_cost_less_with_more_before_them(source):
+    task = ContextTask(source, [400, 2000])
+    model = subject(Reader(knows(300)))
+    short, long = (cell(task, model, length, 3).main.value for length in (400, 2000))
+    assert short > 4
+    assert long < 1
+
+
+def test_bytes_are_those_of_the_tokens(source):
+    """A model without knowledge pays log2(V) bits a token, however many bytes that stands for."""
+    tokenizer = train_tokenizer([Path(source, "a.txt").read_text()], 300)
+    fields = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(model_config("llama", intermediate_size=16, **fields))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    asked = subject(model.eval(), tokenizer=tokenizer)
+    task = PerplexityTask(source, [64])
+    texts = [each[1:64] for each in task.require(asked, 64)]
+    size = sum(len(asked.decode(text.tolist()).encode()) for text in texts)
+    tokens = sum(map(len, texts))
+    found = cell(task, asked, None, len(texts))
+    assert size > 2 * tokens
+    assert found.main.value == pytest.approx(tokens * math.log2(300) / size, rel=1e-5)
+
+
+def test_what_a_recipe_holds_out_is_read(source, tmp_path):
+    model = subject(Reader(), {"data": {"task": "needle", "source": source, "held_out": 0.34}})
+    assert len(PerplexityTask(None, [64]).documents(model).tokens) == 1
+    text = {"task": "text", "source": source, "held_out": 0.34, "cache_folder": str(tmp_path / "cache")}
+    model = subject(Reader(), {"data": text})
+    assert len(PerplexityTask(None, [64]).documents(model).tokens) == 1
+
+
+def test_what_cannot_be_read_is_refused(source):
+    with pytest.raises(
+        ValueError, match="needs a document of 9,000 tokens, but the longest one has 3,000"
+    ):
+        PerplexityTask(source, [9000]).check(subject(Reader()), None)
+    with pytest.raises(ValueError, match="takes 500 tokens at most, asked are 1,000"):
+        PerplexityTask(source, [1000]).check(subject(Reader(), longest=500), None)
+    with pytest.raises(ValueError, match=f"context scores {TARGET} tokens: ask for lengths beyond"):
+        ContextTask(source, [256, 512]).check(subject(Reader()), 256)
