@@ -3,33 +3,26 @@ beyond the length they were trained at.
 
 `everlong demo` starts anew each time. `everlong demo --full` trains the memory longer, with three
 seeds. It goes on from what is there, the demo's own Transformer among it, and from where it was
-stopped: a trained model and a scored length stay as they are.
+stopped: a trained model and a scored sample stay as they are.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from everlong.evaluation import (
-    NeedleReport,
-    evaluate_needle_folder,
-    length_name,
-    plot_needle,
-    print_needle_table,
-    write_markdown,
-    write_results,
-)
+from everlong.evaluation import Results, evaluate
+from everlong.evaluation.haystack import HaystackTask
+from everlong.evaluation.report import print_tables, write_report
+from everlong.evaluation.run import RESULTS_FILE
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 from everlong.training import Recipe, TrainingInterrupted, last_checkpoint, load_recipe, resume, train
 
-SCORES_FILE = "needle.json"
 OUT = Path("runs/demo")
 K = 1024
 
@@ -73,16 +66,15 @@ def run_demo(
     out: Path | None = None,
     entries: tuple[Entry, ...] | None = None,
     samples: int = 100,
-) -> list[NeedleReport]:
-    """Train and evaluate the entries; print the tables, write results.json, needle.md, needle.png.
+) -> Results:
+    """Train and evaluate the entries; print the tables, write the report (`write_report`).
 
-    full: the long plan, which goes on from what is there; its files are called results-full.json,
-    needle-full.md and needle-full.png. out: instead of runs/demo. entries: other ones than the
-    plan's. samples: for each length. Short lengths come first, in all models, and the results are
-    written after each.
+    full: the long plan, which goes on from what is there, and whose report is in the folder `full`.
+    out: instead of runs/demo. entries: other ones than the plan's. samples: for each length.
     """
     started = time.perf_counter()
     out = out or OUT
+    place = out / "full" if full else out
     console = Console(soft_wrap=True, highlight=False)
     runs = [
         _plan(entry, seed, out)
@@ -98,30 +90,24 @@ def run_demo(
         except TrainingInterrupted as stopped:
             again = "everlong demo --full goes on from there" if full else "everlong demo starts anew"
             raise TrainingInterrupted(f"{stopped}\nThat is this model alone; {again}.") from None
-    suffix = "-full" if full else ""
-    for length in sorted({length for run in runs for length in run.lengths}):
-        for run in runs:
-            if length in run.lengths:
-                console.print(f"[bold]{run}[/]: {length_name(length)} tokens")
-                _evaluate(run, length, samples)
-        reports = [_report(run) for run in runs]
-        write_results(
-            out / f"results{suffix}.json",
-            reports,
-            full=full,
-            phases=_phases(reports),
-            seconds=time.perf_counter() - started,
-        )
-        write_markdown(out / f"needle{suffix}.md", reports)
-        plot_needle(out / f"needle{suffix}.png", reports)
-    _print_costs(reports, console)
-    print_needle_table(reports)
-    files = [out / f"needle{suffix}.png", out / f"needle{suffix}.md", out / f"results{suffix}.json"]
+    results, shown = evaluate(
+        [str(run.folder) for run in runs],
+        [HaystackTask("needle")],
+        {str(run.folder): run.lengths for run in runs},
+        samples,
+        place,
+        settings={"command": f"everlong demo{' --full' if full else ''}", "samples": samples},
+        on_results=lambda results: results.write(place / RESULTS_FILE),
+    )
+    results.settings |= {"phases": _phases(results), "seconds": time.perf_counter() - started}
+    _print_costs(results, console)
+    print_tables(results)
+    files = write_report(results, place, shown)
     console.print(
         f"{(time.perf_counter() - started) / 60:.1f} minutes in all. "
         f"Written: {', '.join(map(str, files))}"
     )
-    return reports
+    return results
 
 
 def _plan(entry: Entry, seed: int, out: Path) -> _Run:
@@ -150,45 +136,24 @@ def _holds(run: _Run) -> bool:
         return False
 
 
-def _report(run: _Run) -> NeedleReport:
-    """The scores that are there, of the lengths that are wanted."""
-    report = NeedleReport.from_json(json.loads((run.folder / SCORES_FILE).read_text(encoding="utf-8")))
-    return replace(report, scores=[s for s in report.scores if s.length in run.lengths])
-
-
-def _evaluate(run: _Run, length: int, samples: int) -> None:
-    """Score one length, unless its score is there for as many samples."""
-    path = run.folder / SCORES_FILE
-    scores = []
-    if path.is_file():
-        scores = NeedleReport.from_json(json.loads(path.read_text(encoding="utf-8"))).scores
-        if any(score.length == length and score.exact.samples == samples for score in scores):
-            return
-    new = evaluate_needle_folder(run.folder, (length,), samples)
-    kept = [score for score in scores if score.length != length]
-    report = replace(new, scores=sorted((*kept, *new.scores), key=lambda score: score.length))
-    path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-def _phases(reports: list[NeedleReport]) -> dict[str, float]:
+def _phases(results: Results) -> dict[str, float]:
     """Seconds of each phase, by its name."""
     phases = {}
-    for report in reports:
-        name = f"{report.name}, seed {report.seed}"
-        phases[f"train {name}"] = report.about["seconds"]
-        phases[f"evaluate {name}"] = sum(score.seconds for score in report.scores)
+    for model in results.models:
+        cells = results.find("needle", model.name)
+        phases[f"train {model.name}"] = model.about["seconds"]
+        phases[f"evaluate {model.name}"] = sum(cell.seconds for cell in cells)
     return phases
 
 
-def _print_costs(reports: list[NeedleReport], console: Console) -> None:
+def _print_costs(results: Results, console: Console) -> None:
     table = Table(title="what training cost")
-    for name in ("model", "seed", "parameters", "minutes", "tokens", "tokens/s", "last loss"):
+    for name in ("model", "parameters", "minutes", "tokens", "tokens/s", "last loss"):
         table.add_column(name, justify="left" if name == "model" else "right")
-    for report in reports:
-        cost = report.about
+    for model in results.models:
+        cost = model.about
         table.add_row(
-            report.name,
-            str(report.seed),
+            model.name,
             f"{cost['parameters']:,}",
             f"{cost['seconds'] / 60:.1f}",
             f"{cost['tokens']:,}",

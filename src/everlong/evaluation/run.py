@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class _Job:
 def evaluate(
     models: Sequence[str | Path],
     tasks: Sequence[Task],
-    lengths: Sequence[int],
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
     samples: SampleCounts | int = 100,
     out: str | Path = "runs/scores",
     *,
@@ -116,8 +116,8 @@ def evaluate(
     Everything is checked before any work. Samples are kept in `out`/samples as they are scored: what is
     there of the same model (weights and all), task and length is not asked again. With several
     processes (`torchrun`, `accelerate launch`) each asks its share, and the main one writes.
-    settings: kept in the results. options: fields of `Subject`. on_results: told of what is there after
-    each model and task at a length.
+    lengths: tokens; or for each model its own. settings: kept in the results. options: fields of
+    `Subject`. on_results: told of what is there after each model and task at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
     from accelerate import PartialState
@@ -128,7 +128,10 @@ def evaluate(
     outlines = [load_outline(model, **options) for model in models]
     for outline, info in zip(outlines, name_apart([o.info for o in outlines]), strict=True):
         outline.info = info
-    plan = [_jobs(outline, tasks, lengths, counts) for outline in outlines]
+    plan = [
+        _jobs(outline, tasks, own, counts)
+        for outline, own in zip(outlines, _lengths_of(models, lengths), strict=True)
+    ]
     console = console or Console(stderr=True)
     cells: list[Cell] = []
     shown: dict[tuple[str, str], list[Record]] = {}
@@ -162,6 +165,14 @@ def evaluate(
     return results, shown
 
 
+def _lengths_of(
+    models: Sequence[str | Path], lengths: Sequence[int] | Mapping[str, Sequence[int]]
+) -> list[Sequence[int]]:
+    if isinstance(lengths, Mapping):
+        return [lengths[str(model)] for model in models]
+    return [lengths for _ in models]
+
+
 def _jobs(
     outline: Subject, tasks: Sequence[Task], lengths: Sequence[int], counts: SampleCounts
 ) -> list[_Job]:
@@ -177,7 +188,7 @@ def _jobs(
             except ValueError as error:
                 wrong.append(str(error))
     if wrong:
-        raise ValueError("\n  ".join(dict.fromkeys(wrong)))
+        raise ValueError("; ".join(dict.fromkeys(wrong)))
     return jobs
 
 
