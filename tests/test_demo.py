@@ -28,9 +28,7 @@ def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, 
     assert [model["seed"] for model in results["models"]] == [0, 0]
     assert results["models"][0]["about"]["tokens"] == 6 * 2 * 96
     assert set(results["settings"]["phases"]) == {
-        f"{phase} tiny-{model}"
-        for phase in ("train", "evaluate")
-        for model in ("titans", "llama")
+        f"{phase} tiny-{model}" for phase in ("train", "evaluate") for model in ("titans", "llama")
     }
     assert results["provenance"]["date"]
     for file in ("needle.png", "results.md", "report.html"):

@@ -33,7 +33,7 @@ def reader(request):
     torch.manual_seed(0)
     fields = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, **KINDS[request.param]}
     model = AutoModelForCausalLM.from_config(model_config(request.param, **fields)).eval()
-    return subject(model, piece=64)
+    return subject(model, piece=64, tokens_per_forward=32)
 
 
 def test_pieces_give_what_one_call_gives(reader):
@@ -83,7 +83,7 @@ def test_attention_reads_fewer_long_texts_at_once():
     llama = subject(AutoModelForCausalLM.from_config(model_config("llama", **fields)))
     memory = subject(Reader())
     assert memory.rows(1 << 20) == memory.rows(2048) == 32
-    assert (llama.rows(2048), llama.rows(1 << 16), llama.rows(1 << 20)) == (32, 4, 1)
+    assert (llama.rows(64), llama.rows(2048), llama.rows(1 << 16)) == (512, 16, 1)
     assert isinstance(llama.read(torch.zeros(1, 3, dtype=torch.long))[1], DynamicCache)
 
 
