@@ -1,0 +1,543 @@
+"""Results as pictures: curves against length and position, heat maps, bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from everlong.pictures import (
+    HEAT,
+    NAME_HEIGHT,
+    PAPER,
+    look,
+    name_lines,
+    new_figure,
+    new_panels,
+    save_figure,
+    short_name,
+    svg_of,
+)
+
+from .results import NUM_DEPTH_BINS, Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from .tables import (
+    Column,
+    anchor,
+    chapters,
+    family_columns,
+    family_of,
+    group_columns,
+    length_columns,
+    length_name,
+    length_title,
+    lengths_of,
+    number,
+    plain_columns,
+    plain_tasks,
+    rows_of,
+    span,
+    title_of,
+)
+
+MANY_TICKS = 10  # from so many on they are written aslant
+PANELS = 6  # of a picture; more go to the next one
+WIDE = 20  # values differ by this factor: their axis is logarithmic
+CELL = (0.46, 0.28)  # inches
+DARK, LIGHT = "#111111", "#fafafa"  # numbers on a heat map, whatever a page makes of INK and PAPER
+INTERVALS = "the 95% interval, of several seeds from the lowest to the highest"
+MISSING_LOOK = {"facecolor": "#d9d9d9", "edgecolor": "#a6a6a6", "hatch": "////", "linewidth": 0}
+
+
+@dataclass
+class Picture:
+    """A picture of the chapter or task called `of`. about: what it shows, for who cannot see it.
+    caption: how it is read."""
+
+    name: str
+    of: str
+    about: str
+    figure: Any
+    caption: str = ""
+
+    @cached_property
+    def svg(self) -> str:
+        """It as SVG."""
+        return svg_of(self.figure, self.name)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.png and NAME.svg."""
+        png, svg = (folder / f"{anchor(self.name)}.{kind}" for kind in ("png", "svg"))
+        save_figure(self.figure, png)
+        svg.write_text(self.svg, encoding="utf-8")
+        return [png, svg]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a picture: its name, its look, x and (low, middle, high) of each point."""
+
+    name: str
+    style: dict[str, str]
+    x: list[float]
+    spans: list[tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A heat map: a name, and the values of each row from left to right, NaN where there is none."""
+
+    name: str
+    rows: list[list[float]]
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw what there is, as PNG and SVG; nothing for what is not. Returns the files."""
+    return [path for picture in pictures(results) for path in picture.write(folder)]
+
+
+def pictures(results: Results) -> Iterator[Picture]:
+    """The pictures of each chapter, then of its tasks."""
+    for chapter in chapters(results):
+        if chapter.is_family:
+            yield from _family_mean(results, chapter.name)
+            yield from _family_grids(results, chapter.name)
+        elif chapter.tasks[0].axis is None:
+            yield from _plain_bars(results, chapter.name or chapter.tasks[0].name)
+        for task in chapter.tasks:
+            if task.axis == "length":
+                yield from _by_length(results, task)
+                yield from _by_depth(results, task)
+            elif task.axis == "position":
+                yield from _by_position(results, task)
+            yield from _by_group(results, task)
+
+
+def _by_length(results: Results, task: TaskInfo) -> Iterator[Picture]:
+    lengths = results.lengths([task.name])
+    columns = length_columns(results, task, task.main)
+    yield from _curves_or_bars(results, task.name, task.name, task.title, lengths, columns)
+
+
+def _family_mean(results: Results, family: str) -> Iterator[Picture]:
+    """The mean over the tasks against length."""
+    tasks = family_of(results, family)
+    lengths = results.lengths(task.name for task in tasks)
+    columns = [family_columns(results, tasks, length)[-1] for length in lengths]
+    if columns and all(column.kind == "mean" for column in columns):
+        title = f"{family}: mean of {len(tasks)} tasks"
+        yield from _curves_or_bars(results, f"{family}-mean", family, title, lengths, columns)
+
+
+def _curves_or_bars(
+    results: Results, name: str, of: str, title: str, lengths: list[int], columns: list[Column]
+) -> Iterator[Picture]:
+    """A curve for each model against length; of a single length bars."""
+    if not any(column.found for column in columns):
+        return
+    if len(lengths) == 1:
+        title = f"{title}, {length_title(lengths[0])}"
+        figure = _bars(results, [(title, columns[0])])
+        about = f"Bars: {title}. {_told(results, columns)}"
+        yield Picture(name, of, about, figure, f"Thin lines: {INTERVALS}.")
+        return
+    metric = columns[0].metric
+    lines = _lines(results, columns, [float(length) for length in lengths])
+    shown = {line.name for line in lines}
+    marks = {
+        row: {model.training_length for model in models if model.training_length}
+        for row, models in rows_of(results).items()
+        if row in shown
+    }
+    figure, axes = _curves(title, lines, metric)
+    _length_axis(axes, lengths, marks)
+    axes.set_xlabel("length of the text (tokens)")
+    _name_ends(axes, lines)
+    about = f"Curves: {title}: {title_of(metric)}, against length. {_told(results, columns, lengths)}"
+    yield Picture(name, of, about, figure, f"Bands: {INTERVALS}.")
+
+
+def _by_position(results: Results, task: TaskInfo) -> Iterator[Picture]:
+    for length in lengths_of(results, [task]):
+        lines = _position_lines(results, task, length)
+        if not lines:
+            continue
+        metric = task.metrics[task.main]
+        title = ", ".join(filter(None, [task.title, length_title(length)]))
+        figure, axes = _curves(title, lines, metric)
+        starts = [x for line in lines for x in line.x]
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(min(starts) / 1.2, max(starts) * 1.2)
+        powers = [2**i for i in range(40) if min(starts) / 1.2 <= 2**i <= max(starts) * 1.2]
+        _ticks(axes, powers)
+        axes.set_xlabel("position (tokens from the start)")
+        _name_ends(axes, lines)
+        about = f"Curves: {title}: {title_of(metric)}, against position; the table has the numbers."
+        name = f"{task.name}-{length}" if length else task.name
+        yield Picture(name, task.name, about, figure, f"Bands: {INTERVALS}.")
+
+
+def _position_lines(results: Results, task: TaskInfo, length: int | None) -> list[Line]:
+    """A line for each model that has a curve, along the middles of its ranges."""
+    lines = []
+    for i, (row, models) in enumerate(rows_of(results).items()):
+        points: dict[float, list[Estimate]] = {}
+        for cell in _cells(results, task, models, length):
+            for point in cell.curve:
+                if math.isfinite(point.estimate.value):
+                    points.setdefault((point.start + point.end) / 2, []).append(point.estimate)
+        if points:
+            x = sorted(points)
+            lines.append(Line(row, look(i), x, [span(points[each]) for each in x]))
+    return lines
+
+
+def _by_depth(results: Results, task: TaskInfo) -> Iterator[Picture]:
+    """Length against depth of what is looked for, a heat map for each model."""
+    lengths = [
+        length
+        for length in results.lengths([task.name])
+        if any(cell.by_depth for cell in results.find(task.name, length=length))
+    ]
+    panels = []
+    for row, models in rows_of(results).items():
+        columns = [_depth_values(_cells(results, task, models, length)) for length in lengths]
+        rows = [list(each) for each in zip(*columns, strict=True)]
+        if _has_numbers(rows):
+            panels.append(Panel(row, rows))
+    title = f"{task.title}: where it stood"
+    yield from _grids(
+        f"{task.name}-depth",
+        task.name,
+        title,
+        panels,
+        task.metrics[task.main],
+        [length_name(length) for length in lengths],
+        None,
+        ("length of the text (tokens)", "depth in the text"),
+    )
+
+
+def _depth_values(cells: Sequence[Cell]) -> list[float]:
+    """The mean over seeds for each depth."""
+    found: list[list[Estimate]] = [[] for _ in range(NUM_DEPTH_BINS)]
+    for cell in cells:
+        for i, estimate in enumerate(cell.by_depth):
+            if math.isfinite(estimate.value):
+                found[i].append(estimate)
+    return [span(each)[1] for each in found]
+
+
+def _family_grids(results: Results, family: str) -> Iterator[Picture]:
+    """Tasks against lengths, a heat map for each model."""
+    tasks = family_of(results, family)
+    lengths = results.lengths(task.name for task in tasks)
+    blocks = [family_columns(results, tasks, length) for length in lengths]
+    blocks = [[column for column in block if column.kind != "mean"] for block in blocks]
+    panels = [
+        Panel(row, rows)
+        for row, models in rows_of(results).items()
+        if _has_numbers(rows := [_values(each, models) for each in zip(*blocks, strict=True)])
+    ]
+    if panels:
+        metric = blocks[0][0].metric
+        names = [column.head for column in blocks[0]]
+        yield from _grids(
+            f"{family}-tasks",
+            family,
+            f"{family}: each task at each length",
+            panels,
+            metric,
+            [length_name(length) for length in lengths],
+            names,
+            ("length of the text (tokens)", ""),
+        )
+
+
+def _by_group(results: Results, task: TaskInfo) -> Iterator[Picture]:
+    """Models against groups, a heat map for each length."""
+    rows = rows_of(results)
+    for length in lengths_of(results, [task]):
+        columns = group_columns(results, task, length)
+        kept = {row: models for row, models in rows.items() if any(c.of(models) for c in columns)}
+        values = [_values(columns, models) for models in kept.values()]
+        if _has_numbers(values):
+            title = ", ".join(filter(None, [f"{task.title}, by group", length_title(length)]))
+            yield from _grids(
+                f"{task.name}-groups" + (f"-{length}" if length else ""),
+                task.name,
+                title,
+                [Panel("", [list(each) for each in zip(*values, strict=True)])],
+                task.metrics[task.main],
+                [short_name(row) for row in kept],
+                [column.head for column in columns],
+                ("", ""),
+            )
+
+
+def _plain_bars(results: Results, of: str) -> Iterator[Picture]:
+    """Bars for each task that has neither family nor axis."""
+    columns = plain_columns(results)
+    panels = [
+        (task.title, column)
+        for task, column in zip(plain_tasks(results), columns, strict=True)
+        if column.found
+    ]
+    for i in range(0, len(panels), PANELS):
+        part = panels[i : i + PANELS]
+        titles = ", ".join(title for title, _ in part)
+        about = f"Bars: {titles}. {' '.join(_told(results, [column]) for _, column in part)}"
+        name = "scores" if not i else f"scores-{i // PANELS + 1}"
+        caption = f"Thin lines: {INTERVALS}; dotted: chance."
+        yield Picture(name, of, about, _bars(results, part), caption)
+
+
+def _curves(title: str, lines: Sequence[Line], metric: Metric) -> tuple[Any, Any]:
+    """Lines with their bands; one point alone has an error bar."""
+    figure, axes = new_figure(8, max(4.2, 2 + len(lines) * NAME_HEIGHT / 72))
+    scale = 100 if metric.is_share else 1
+    for line in lines:
+        low, middle, high = ([scale * each[k] for each in line.spans] for k in range(3))
+        axes.plot(line.x, middle, **line.style, linewidth=2, markersize=5)
+        colour = line.style["color"]
+        if len(line.x) > 1:
+            axes.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0)
+        else:
+            axes.vlines(line.x, low, high, color=colour, alpha=0.5)
+    axes.set_title(title, loc="left")
+    axes.set_ylabel(_unit(metric))
+    if metric.is_share:
+        axes.set_ylim(-4, 104)
+    else:
+        _log_if_wide(axes, [each[1] for line in lines for each in line.spans])
+    if metric.chance is not None:
+        _chance_line(axes, scale * metric.chance)
+    return figure, axes
+
+
+def _log_if_wide(axes: Any, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) / min(values) > WIDE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _chance_line(axes: Any, height: float) -> None:
+    axes.axhline(height, color="0.45", linestyle=":", linewidth=1)
+    axes.annotate(
+        "chance",
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="0.45",
+        fontsize=8,
+    )
+
+
+def _length_axis(axes: Any, lengths: Sequence[int], trained: dict[str, set[int]]) -> None:
+    """Ticks at the lengths; dashed, what the models (by name) were trained at."""
+    marks = sorted(set().union(*trained.values()))
+    ends = [*lengths, *marks]
+    axes.set_xscale("log", base=2)
+    # A mark's words stand left of it.
+    axes.set_xlim(
+        min(ends) / (1.5 if min(marks, default=max(ends)) == min(ends) else 1.2), max(ends) * 1.2
+    )
+    _ticks(axes, lengths)
+    for mark in marks:
+        of = [short_name(name) for name, each in trained.items() if mark in each]
+        whose = "" if len(marks) == 1 else f": {', '.join(of) if len(of) < 3 else f'{len(of)} models'}"
+        axes.axvline(mark, color="0.45", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"trained at {length_name(mark)}{whose}",
+            (mark, 0.5),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="center",
+            color="0.45",
+            fontsize=8,
+        )
+
+
+def _ticks(axes: Any, lengths: Sequence[int]) -> None:
+    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+    axes.minorticks_off()
+    if len(lengths) > MANY_TICKS:
+        axes.tick_params(axis="x", labelrotation=45)
+
+
+def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
+    scale = 100 if axes.get_ylabel().endswith("(%)") else 1
+    name_lines(axes, [(line.x[-1], scale * line.spans[-1][1], line.name, line.style) for line in lines])
+
+
+def _bars(results: Results, panels: Sequence[tuple[str, Column]]) -> Any:
+    """A panel for each title and column: a bar for each model, its interval and its number."""
+    rows = rows_of(results)
+    across = 1 if len(panels) == 1 else 2
+    down = -(-len(panels) // across)
+    figure, all_axes = new_panels(len(panels), across, 8, down * (1.3 + 0.27 * len(rows)))
+    places = range(len(rows))
+    for i, (axes, (title, column)) in enumerate(zip(all_axes, panels, strict=True)):
+        metric, scale = column.metric, 100 if column.metric.is_share else 1
+        for place, models in zip(places, rows.values(), strict=True):
+            estimates = column.of(models)
+            if not estimates:
+                axes.annotate("-", (0, place), xytext=(4, 0), textcoords="offset points", va="center")
+                continue
+            low, middle, high = (scale * each for each in span(estimates))
+            axes.barh(place, middle, color=look(place)["color"], height=0.7)
+            axes.hlines(place, low, high, color="0.2", linewidth=1.5)
+            top = high if math.isfinite(high) else middle
+            text = number(middle / scale, metric, max(each.samples for each in estimates))
+            axes.annotate(
+                text, (top, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+            )
+        if metric.chance is not None:
+            axes.axvline(scale * metric.chance, color="0.45", linestyle=":", linewidth=1)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel(_unit(metric))
+        axes.set_yticks(places, [short_name(row) for row in rows] if i % across == 0 else [])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.15)
+    return figure
+
+
+def _grids(
+    name: str,
+    of: str,
+    title: str,
+    panels: Sequence[Panel],
+    metric: Metric,
+    columns: Sequence[str],
+    rows: Sequence[str] | None,
+    labels: tuple[str, str],
+) -> Iterator[Picture]:
+    """Heat maps side by side, two in a row, of one colour scale. rows: None: tenths of a depth."""
+    numbers = [each for panel in panels for row in panel.rows for each in row if math.isfinite(each)]
+    if not numbers:
+        return
+    limits = (0.0, 1.0) if metric.is_share else (min(numbers), max(numbers))
+    for i in range(0, len(panels), PANELS):
+        part = panels[i : i + PANELS]
+        across = min(len(part), 2)
+        down = -(-len(part) // across)
+        width = across * (max(len(columns), 4) * CELL[0] + 0.5) + 1.6
+        height = down * (len(part[0].rows) * CELL[1] + 0.8) + 0.6
+        figure, all_axes = new_panels(len(part), across, max(width, 5), height)
+        for k, (axes, panel) in enumerate(zip(all_axes, part, strict=True)):
+            mesh = _heat_map(axes, panel, metric, limits)
+            axes.set_title(short_name(panel.name), fontsize=10, loc="left")
+            slant = {"rotation": 30, "ha": "right"} if max(map(len, columns)) > 6 else {}
+            axes.set_xticks([c + 0.5 for c in range(len(columns))], columns, **slant)
+            _row_ticks(axes, rows, is_first=k % across == 0)
+            axes.set_xlabel(labels[0] if k + across >= len(part) else "")
+            axes.set_ylabel(labels[1] if k % across == 0 else "")
+        figure.colorbar(mesh, ax=all_axes, label=_unit(metric), shrink=min(1.0, 3 / height + 0.3))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        about = f"Heat maps: {title}, {title_of(metric)}: {', '.join(p.name for p in part if p.name)}."
+        caption = "Hatched: no sample."
+        yield Picture(f"{name}-{i // PANELS + 1}" if i else name, of, about, figure, caption)
+
+
+def _heat_map(axes: Any, panel: Panel, metric: Metric, limits: tuple[float, float]) -> Any:
+    """Coloured cells with their numbers, the first row on top; what is missing is hatched."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    values = np.ma.masked_invalid(np.asarray(panel.rows, float))
+    rows, columns = values.shape
+    axes.add_patch(Rectangle((0, 0), columns, rows, zorder=0, **MISSING_LOOK))
+    scale = 100 if metric.is_share else 1
+    mesh = axes.pcolormesh(
+        scale * values,
+        cmap=HEAT if metric.higher_is_better else f"{HEAT}_r",
+        vmin=scale * limits[0],
+        vmax=scale * limits[1],
+        edgecolors=PAPER,
+        linewidth=0.5,
+    )
+    for row in range(rows):
+        for column in range(columns):
+            value = panel.rows[row][column]
+            if math.isfinite(value):
+                red, green, blue = (each**2.2 for each in mesh.cmap(mesh.norm(scale * value))[:3])
+                is_light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18  # as far from either
+                axes.text(
+                    column + 0.5,
+                    row + 0.5,
+                    number(value, metric),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=DARK if is_light else LIGHT,
+                )
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return mesh
+
+
+def _row_ticks(axes: Any, names: Sequence[str] | None, is_first: bool) -> None:
+    if names is None:
+        edges = range(0, NUM_DEPTH_BINS + 1, 2)
+        axes.set_yticks(edges, [f"{100 * i // NUM_DEPTH_BINS}%" for i in edges])
+    else:
+        axes.set_yticks([i + 0.5 for i in range(len(names))], [short_name(name) for name in names])
+    if not is_first:
+        axes.set_yticks([])
+
+
+def _lines(results: Results, columns: Sequence[Column], x: Sequence[float]) -> list[Line]:
+    """A line for each model that has a number, through the columns where it has one."""
+    lines = []
+    for i, (row, models) in enumerate(rows_of(results).items()):
+        there = [(at, column.of(models)) for at, column in zip(x, columns, strict=True)]
+        points = [(at, span(estimates)) for at, estimates in there if estimates]
+        if points:
+            lines.append(Line(row, look(i), [at for at, _ in points], [each for _, each in points]))
+    return lines
+
+
+def _cells(
+    results: Results, task: TaskInfo, models: Sequence[ModelInfo], length: int | None
+) -> list[Cell]:
+    cells = [cell for model in models for cell in results.find(task.name, model.name)]
+    return [cell for cell in cells if cell.length == length]
+
+
+def _values(columns: Sequence[Column], models: Sequence[ModelInfo]) -> list[float]:
+    return [span(column.of(models))[1] for column in columns]
+
+
+def _has_numbers(rows: Sequence[Sequence[float]]) -> bool:
+    return any(math.isfinite(each) for row in rows for each in row)
+
+
+def _unit(metric: Metric) -> str:
+    """A metric as an axis says it."""
+    name = f"{metric.title} (%)" if metric.is_share else metric.title
+    return name if metric.higher_is_better else f"{name}, lower is better"
+
+
+def _told(results: Results, columns: Sequence[Column], lengths: Sequence[int] = ()) -> str:
+    """A picture's numbers in words: of each model the first and the last."""
+    told = []
+    for row, models in rows_of(results).items():
+        there = [
+            (number(span(found)[1], column.metric), column.head)
+            for column in columns
+            if (found := column.of(models))
+        ]
+        if there:
+            (first, start), (last, end) = there[0], there[-1]
+            told.append(f"{row}: {first} at {start}, {last} at {end}" if lengths else f"{row}: {first}")
+    return f"{'; '.join(told)}."
