@@ -327,7 +327,10 @@ def _runs(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from everlong.evaluation import SampleCounts, TaskOptions, build_tasks, evaluate, parse_length
     from everlong.evaluation.report import print_tables, write_report
+    from everlong.evaluation.run import processes
 
+    if options.passages < 0:
+        raise ValueError(f"passages must be at least 0, got {options.passages}")
     lengths = [parse_length(each) for each in options.lengths.split(",")]
     counts = SampleCounts.parse(str(options.samples))
     names = [each.strip() for each in options.tasks.split(",") if each.strip()]
@@ -361,6 +364,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         written = write_report(results, out, samples)
         print_tables(results)
         print(f"written: {', '.join(map(str, written))}")
+    processes().destroy_process_group()
     return 0
 
 

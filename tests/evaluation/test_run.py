@@ -128,7 +128,7 @@ def test_two_processes_ask_what_one_asks(model, tmp_path, text_folder):
         f"sys.exit(main(['eval', {str(model)!r}, '--source', {str(text_folder)!r}, '--lengths', '128',"
         f" '--samples', '5', '--out', {str(tmp_path / 'two')!r}]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert main_of(model, text_folder, tmp_path / "one") == 0

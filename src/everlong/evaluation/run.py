@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +27,9 @@ from .results import FORMAT, Cell, Results
 from .store import Samples
 from .subject import Subject
 from .task import Record, Task
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 SHOWN = 5  # samples of each cell that a report shows
@@ -120,10 +123,8 @@ def evaluate(
     `Subject`. on_results: told of what is there after each model and task at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
-    from accelerate import PartialState
-
     counts = samples if isinstance(samples, SampleCounts) else SampleCounts(((None, samples),))
-    state = PartialState()
+    state = processes()
     out = Path(out)
     outlines = [load_outline(model, **options) for model in models]
     for outline, info in zip(outlines, name_apart([o.info for o in outlines]), strict=True):
@@ -143,6 +144,7 @@ def evaluate(
             for job in jobs:
                 store = job.store(outline, out / SAMPLES_FOLDER, state.process_index)
                 known = store.load()
+                state.wait_for_everyone()  # all divide the same samples: none has added to them yet
                 missing = [index for index in range(job.count) if index not in known]
                 bar.done(job.cost(outline, job.count - len(missing)))
                 if missing and subject is None:
@@ -163,6 +165,14 @@ def evaluate(
                 shown.setdefault((job.task.info.name, outline.info.name), []).extend(found[:SHOWN])
                 on_results(results)
     return results, shown
+
+
+def processes() -> PartialState:
+    """The processes of this run: those that `torchrun` or `accelerate launch` started, or this one."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _lengths_of(
