@@ -113,7 +113,8 @@ def test_without_a_folder_each_sample_has_a_story_of_its_own(task, text_folder):
             story = config.story(np.random.default_rng((data.seed, i)), 700)
             assert text.endswith(f" {story.question} {story.answer}")
             assert all(f" {fact}" in text for fact in story.facts)
-            assert len(story.facts) <= 12 and len(story.answer) <= config.longest_answer
+            assert len(story.facts) <= 12
+            assert len(story.answer) <= config.longest_answer
             seen.append(repr(story))
     if task != "qa4":  # of which there are but some hundreds
         assert len({*seen}) == 80

@@ -4,7 +4,8 @@ import math
 import os
 import re
 from collections import Counter
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ NAMES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape(sentence):
     """A sentence with its names left out."""
     for letter, names in NAMES.items():
@@ -91,7 +92,7 @@ def test_a_block_is_questions_about_all_that_came_before(task):
     for block in blocks_of(task, range(30)):
         assert len(block) == (1 if task == "qa4" else QUESTIONS)
         assert all(len(story.facts) % 2 == 0 for story in block)
-        for before, after in zip(block, block[1:], strict=False):
+        for before, after in pairwise(block):
             assert after.facts[: len(before.facts)] == before.facts
             assert len(after.facts) > len(before.facts)
         for story in block:
@@ -126,7 +127,8 @@ def test_where_a_thing_was_before_is_told_in_three_sentences():
             put_down, there, before = (story.facts[i] for i in story.supports)
             place = story.question.removesuffix("?").split()[-1]
             assert re.search("dropped|left|discarded|put down", put_down)
-            assert there.endswith(f" {place}.") and before.endswith(f" {story.answer}.")
+            assert there.endswith(f" {place}.")
+            assert before.endswith(f" {story.answer}.")
             assert len({fact.split()[0] for fact in (put_down, there, before)}) == 1
             assert story.answer != place
 
