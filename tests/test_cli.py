@@ -126,6 +126,8 @@ def test_a_loss_that_is_not_finite_is_one_line(tiny_recipe, tmp_path, capsys):
             ["eval", "MODEL", "--out", "OUT", "--tasks", "noodle"],
             "unknown task 'noodle': known are needle",
         ),
+        (["data", "babi-check", "/no/such"], "/no/such has no files of bAbI"),
+        (["data", "babi-write", "OUT", "--tasks", "qa0"], "tasks are some of qa1, .* got 'qa0'"),
         (["eval", "MODEL", "--out", "OUT", "--passages", "-4"], "passages must be at least 0, got -4"),
         (["eval", "MODEL", "--out", "OUT", "--lengths", "1k,x"], "512,1k,1m, got 'x'"),
         (["eval", "MODEL", "--out", "OUT", "--lengths", "10"], "length 10 is too short"),
@@ -191,6 +193,20 @@ def test_a_model_is_evaluated_on_a_task_that_it_was_not_trained_on(model, tmp_pa
     assert results["models"][0]["training_length"] == 96
     assert [cell["length"] for cell in results["cells"]] == [128, 256]
     assert (out / "babi.png").is_file()
+
+
+def test_stories_are_written_and_checked(tmp_path, capsys):
+    asked = ["--tasks", "qa1,qa5", "--stories", "10", "--seed", "4"]
+    assert main(["data", "babi-write", str(tmp_path), *asked]) == 0
+    assert capsys.readouterr().out.count("written: ") == 4
+    assert main(["data", "babi-check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "qa1: 15 / 15\nqa5: 15 / 15\n"
+    path = tmp_path / "qa1_single-supporting-fact_test.txt"
+    lines = path.read_text().splitlines()
+    lines[2] = re.sub(r"\t\w+\t", "\tnowhere\t", lines[2])
+    path.write_text("\n".join(lines))
+    assert main(["data", "babi-check", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "qa1: 14 / 15\nqa5: 15 / 15\n"
 
 
 @pytest.mark.parametrize("kind", ["lm2", "rmt", "mamba2", "gated_deltanet"])

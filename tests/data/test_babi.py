@@ -1,11 +1,13 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from everlong.data import BabiConfig
-from everlong.data.babi import read_stories
+from everlong.data.babi_files import read_stories
 
 FILE = """1 Mary moved to the bathroom.
 2 John went to the hallway.
@@ -82,7 +84,9 @@ def test_a_share_of_the_stories_is_held_out_where_no_test_file_is(folder, config
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"folder": ""}, "folder must name"),
+        ({"folder": "", "tasks": ["qa11"]}, "tasks are some of qa1, .*, got qa11"),
+        ({"folder": "", "max_facts": 1}, "at most 1 sentences.*raise max_facts"),
+        ({"folder": "", "length": 64}, "none .* fits into 64 tokens"),
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": ["qa7"]}, r"has 0 files qa7_\*_train.txt, not one: it has qa1"),
         ({"folder": "nowhere"}, "it has none of bAbI"),
@@ -94,6 +98,33 @@ def test_a_share_of_the_stories_is_held_out_where_no_test_file_is(folder, config
 def test_stories_that_are_not_there_are_named(folder, text_folder, fields, message):
     with pytest.raises(ValueError, match=message):
         BabiConfig(**{"folder": str(folder), "source": str(text_folder)} | fields).datasets(1)
+
+
+@pytest.mark.parametrize("task", ["qa2", "qa4", "qa8"])
+def test_without_a_folder_each_sample_has_a_story_of_its_own(task, text_folder):
+    config = BabiConfig(source=str(text_folder), tasks=[task], max_facts=12, length=700)
+    train, test = config.datasets(40)
+    seen = []
+    for data in (train, test):
+        for i in range(len(data)):
+            sample = data[i]
+            text = text_of(sample)
+            assert len(text) == 700
+            story = config.story(np.random.default_rng((data.seed, i)), 700)
+            assert text.endswith(f" {story.question} {story.answer}")
+            assert all(f" {fact}" in text for fact in story.facts)
+            assert len(story.facts) <= 12
+            assert len(story.answer) <= config.longest_answer
+            seen.append(repr(story))
+    if task != "qa4":  # of which there are but some hundreds
+        assert len({*seen}) == 80
+    assert config.fingerprint() != replace(config, tasks=["qa1"]).fingerprint()
+    assert config.fingerprint() == replace(config).fingerprint()
+
+
+def test_stories_longer_than_the_sample_are_drawn_again(text_folder):
+    config = BabiConfig(source=str(text_folder), tasks=["qa2"], max_facts=99, length=300)
+    assert all(len(sample["input_ids"]) == 300 for sample in config.datasets(20)[0])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -167,7 +167,6 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--training.report_to=tensorboard", "report_to: TensorBoard has its logs"),
         ("--training.save_strategy=best", "save_strategy: checkpoints are kept by their steps"),
         ("--training.save_strategy=often", "often"),
-        ("--evaluation.tasks=[babi]", "babi needs the folder of its files"),
         ("--guards.skip=1", "unknown field guards.skip"),
         ("--training.seed=1", "set seed at the top"),
         ("--model.hiden_size=3", "model.hiden_size: did you mean model.hidden_size?"),
@@ -214,7 +213,7 @@ def test_an_unknown_recipe_lists_the_known():
 
 @pytest.mark.parametrize("name", sorted(known_recipes()))
 def test_shipped_recipes_load_by_name(name):
-    data = ["--data.folder", "folder-of-babi"] if name.startswith("babi") else []
+    data = []
     if "hub:" in find_recipe(name).read_text():  # whose tokenizer is there too
         data = ["--data.tokenizer=bytes", "--training.bf16=false"]
     assert load_recipe(name, data).name == name
