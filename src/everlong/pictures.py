@@ -18,7 +18,7 @@ LONGEST_NAME = 32
 NAME_HEIGHT = 13  # points that a line of words takes
 
 
-def look(i: int) -> dict[str, str]:
+def look(i: int) -> dict[str, Any]:
     """Colour, style and marker of line i. The colours come again with another style."""
     return {
         "color": COLOURS[i % len(COLOURS)],
@@ -69,7 +69,7 @@ def short_name(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: half - 1].rstrip()}…{name[-half:].lstrip()}"
 
 
-def name_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, str]]]) -> None:
+def name_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, Any]]]) -> None:
     """Write each line's name where it ends: x and y in data, its name, its `look`.
 
     To be called when the limits stand. Names that would overlap are moved apart.
@@ -77,7 +77,7 @@ def name_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, str]
     from matplotlib.lines import Line2D
     from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-    def in_axes(end: tuple[float, float, str, dict[str, str]]) -> float:
+    def in_axes(end: tuple[float, float, str, dict[str, Any]]) -> float:
         point = axes.transData.transform(end[:2])
         return float(axes.transAxes.inverted().transform(point)[1])
 

@@ -32,6 +32,7 @@ from .task import Record
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN_SAMPLES = 6  # of a task
 SHOWN_CHARACTERS = 300  # of a prompt's end, of an answer
+SHORT = 20  # rows of a table that is not cut in print
 LONG = 24  # a word so long may be broken anywhere
 
 Samples = Mapping[tuple[str, str], Sequence[Record]]
@@ -124,8 +125,10 @@ def _tables(tables: Iterable[Table]) -> str:
 
 def _table(table: Table) -> str:
     """A table in a container of its own to scroll in, where the screen is narrower."""
+    is_short = sum(len(rows) for _, rows in table.blocks) <= SHORT
+    kind = "wide short" if is_short else "wide"
     lines = [
-        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(table.caption)}">',
+        f'<div class="{kind}" role="region" tabindex="0" aria-label="{escape(table.caption)}">',
         f"<table><caption><span>{escape(_sentence(table.caption))}</span></caption>",
         f"<thead>{_row(table.head, table.left, 'col')}</thead>",
     ]
@@ -156,7 +159,8 @@ def _row(cells: Sequence[str], left: int, scope: str) -> str:
         attributes = (f' scope="{scope}"' if name == "th" else "") + (
             f' class="{kinds}"' if kinds else ""
         )
-        row.append(f"<{name}{attributes}>{escape(cell)}</{name}>")
+        text = re.sub(r" (\([^()]*\))$", r" <span>\1</span>", escape(cell))  # an interval is one word
+        row.append(f"<{name}{attributes}>{text}</{name}>")
     return f"<tr>{''.join(row)}</tr>"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from everlong.pictures import (
 )
 
 from .results import NUM_DEPTH_BINS, Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from .run import length_name
 from .tables import (
     Column,
     anchor,
@@ -31,7 +32,6 @@ from .tables import (
     family_of,
     group_columns,
     length_columns,
-    length_name,
     length_title,
     lengths_of,
     number,
@@ -48,7 +48,12 @@ WIDE = 20  # values differ by this factor: their axis is logarithmic
 CELL = (0.46, 0.28)  # inches
 DARK, LIGHT = "#111111", "#fafafa"  # numbers on a heat map, whatever a page makes of INK and PAPER
 INTERVALS = "the 95% interval, of several seeds from the lowest to the highest"
-MISSING_LOOK = {"facecolor": "#d9d9d9", "edgecolor": "#a6a6a6", "hatch": "////", "linewidth": 0}
+MISSING_LOOK: dict[str, Any] = {
+    "facecolor": "#d9d9d9",
+    "edgecolor": "#a6a6a6",
+    "hatch": "////",
+    "linewidth": 0,
+}
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Line:
     """A line of a picture: its name, its look, x and (low, middle, high) of each point."""
 
     name: str
-    style: dict[str, str]
+    style: dict[str, Any]
     x: list[float]
     spans: list[tuple[float, float, float]]
 
@@ -144,7 +149,8 @@ def _curves_or_bars(
         yield Picture(name, of, about, figure, f"Thin lines: {INTERVALS}.")
         return
     metric = columns[0].metric
-    lines = _lines(results, columns, [float(length) for length in lengths])
+    places = _places(lengths)
+    lines = _lines(results, columns, list(places.values()))
     shown = {line.name for line in lines}
     marks = {
         row: {model.training_length for model in models if model.training_length}
@@ -152,7 +158,7 @@ def _curves_or_bars(
         if row in shown
     }
     figure, axes = _curves(title, lines, metric)
-    _length_axis(axes, lengths, marks)
+    _length_axis(axes, places, marks)
     axes.set_xlabel("length of the text (tokens)")
     _name_ends(axes, lines)
     about = f"Curves: {title}: {title_of(metric)}, against length. {_told(results, columns, lengths)}"
@@ -171,11 +177,11 @@ def _by_position(results: Results, task: TaskInfo) -> Iterator[Picture]:
         axes.set_xscale("log", base=2)
         axes.set_xlim(min(starts) / 1.2, max(starts) * 1.2)
         powers = [2**i for i in range(40) if min(starts) / 1.2 <= 2**i <= max(starts) * 1.2]
-        _ticks(axes, powers)
+        _ticks(axes, {power: power for power in powers})
         axes.set_xlabel("position (tokens from the start)")
         _name_ends(axes, lines)
         about = f"Curves: {title}: {title_of(metric)}, against position; the table has the numbers."
-        name = f"{task.name}-{length}" if length else task.name
+        name = task.name if length is None else f"{task.name}-{length}"
         yield Picture(name, task.name, about, figure, f"Bands: {INTERVALS}.")
 
 
@@ -266,7 +272,7 @@ def _by_group(results: Results, task: TaskInfo) -> Iterator[Picture]:
         if _has_numbers(values):
             title = ", ".join(filter(None, [f"{task.title}, by group", length_title(length)]))
             yield from _grids(
-                f"{task.name}-groups" + (f"-{length}" if length else ""),
+                f"{task.name}-groups" + ("" if length is None else f"-{length}"),
                 task.name,
                 title,
                 [Panel("", [list(each) for each in zip(*values, strict=True)])],
@@ -338,16 +344,22 @@ def _chance_line(axes: Any, height: float) -> None:
     )
 
 
-def _length_axis(axes: Any, lengths: Sequence[int], trained: dict[str, set[int]]) -> None:
+def _places(lengths: Sequence[int]) -> dict[int, float]:
+    """Where lengths stand on a logarithmic axis: 0 has its place left of the others."""
+    shortest = min((length for length in lengths if length), default=1)
+    return {length: length or shortest / 2 for length in lengths}
+
+
+def _length_axis(axes: Any, places: dict[int, float], trained: dict[str, set[int]]) -> None:
     """Ticks at the lengths; dashed, what the models (by name) were trained at."""
     marks = sorted(set().union(*trained.values()))
-    ends = [*lengths, *marks]
+    ends = [*places.values(), *marks]
     axes.set_xscale("log", base=2)
     # A mark's words stand left of it.
     axes.set_xlim(
         min(ends) / (1.5 if min(marks, default=max(ends)) == min(ends) else 1.2), max(ends) * 1.2
     )
-    _ticks(axes, lengths)
+    _ticks(axes, places)
     for mark in marks:
         of = [short_name(name) for name, each in trained.items() if mark in each]
         whose = "" if len(marks) == 1 else f": {', '.join(of) if len(of) < 3 else f'{len(of)} models'}"
@@ -366,10 +378,10 @@ def _length_axis(axes: Any, lengths: Sequence[int], trained: dict[str, set[int]]
         )
 
 
-def _ticks(axes: Any, lengths: Sequence[int]) -> None:
-    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+def _ticks(axes: Any, places: Mapping[int, float]) -> None:
+    axes.set_xticks(list(places.values()), [length_name(length) for length in places])
     axes.minorticks_off()
-    if len(lengths) > MANY_TICKS:
+    if len(places) > MANY_TICKS:
         axes.tick_params(axis="x", labelrotation=45)
 
 

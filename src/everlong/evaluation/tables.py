@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .results import Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from .run import length_name
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -242,7 +243,7 @@ def lengths_of(results: Results, tasks: Iterable[TaskInfo]) -> list[int | None]:
     """The lengths of these tasks' cells, first None if one has none."""
     names = {task.name for task in tasks}
     found = {cell.length for cell in results.cells if cell.task in names}
-    return sorted(found, key=lambda length: length or 0)
+    return sorted(found, key=lambda length: -1 if length is None else length)
 
 
 def rows_of(results: Results) -> dict[str, list[ModelInfo]]:
@@ -323,14 +324,6 @@ def reach_notes(results: Results, task: TaskInfo) -> list[str]:
                 f"and {_of(*far)} beyond."
             )
     return notes
-
-
-def length_name(length: int) -> str:
-    """512 -> "512", 2048 -> "2K", 1048576 -> "1M"."""
-    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
-        if length and length % size == 0:
-            return f"{length // size}{letter}"
-    return str(length)
 
 
 def length_title(length: int | None) -> str:
