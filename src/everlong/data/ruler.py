@@ -134,13 +134,15 @@ class RulerSample:
 
     prompt: [T] token ids, to be continued. answer: that continues it, from its blank to its full stop.
     wanted: the values in it. depth: where in the haystack the one asked for stands, in [0, 1]; None
-    where several are. new_tokens: that the answer has room for.
+    where several are. question_tokens: how many of the prompt's last ones are the question, with the
+    given start of the answer. new_tokens: that the answer has room for.
     """
 
     prompt: np.ndarray
     answer: str
     wanted: tuple[str, ...]
     depth: float | None
+    question_tokens: int
     new_tokens: int
 
 
@@ -326,7 +328,7 @@ class Needles:
             at = int(place)
         prompt = np.concatenate([*parts, text[at:], np.array(closing)]).astype(np.int64)
         where = float(places[draft.asked[0]] / room) if len(draft.asked) == 1 else None
-        return RulerSample(prompt, draft.answer, draft.wanted, where, new_tokens)
+        return RulerSample(prompt, draft.answer, draft.wanted, where, len(closing), new_tokens)
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer as it is learnt: behind it stands an end-of-text token, if there is one."""
@@ -419,7 +421,7 @@ class Needles:
         if count <= POOL // 4:
             return self.coder.many([f" {each}" for each in _random(what, count, rng)])
         if what not in self._pools:
-            fixed = np.random.default_rng(0)
+            fixed = np.random.default_rng((POOL, TEST_SEED))
             self._pools[what] = self.coder.many([f" {each}" for each in _random(what, POOL, fixed)])
         pool = self._pools[what]
         return [pool[i] for i in rng.integers(POOL, size=count)]

