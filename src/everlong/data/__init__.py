@@ -8,6 +8,7 @@ from .language import TextConfig
 from .needle import NeedleConfig
 from .reading import read_pieces
 from .rows import PackedDataset, StreamedDataset, StreamsDataset
+from .ruler import RulerConfig
 from .text import Document, load_text, split
 from .tokenizer import byte_tokenizer, encode_bytes, gives_back, load_tokenizer, train_tokenizer
 
@@ -16,7 +17,7 @@ HAYSTACKS: dict[str, type[HaystackConfig]] = {
     "babi": BabiConfig,
     "babilong": BabilongConfig,
 }
-TASKS: dict[str, type[DataConfig]] = {**HAYSTACKS, "text": TextConfig}
+TASKS: dict[str, type[DataConfig]] = {**HAYSTACKS, "text": TextConfig, "ruler": RulerConfig}
 
 __all__ = [
     "HAYSTACKS",
@@ -29,6 +30,7 @@ __all__ = [
     "HaystackDataset",
     "NeedleConfig",
     "PackedDataset",
+    "RulerConfig",
     "StreamedDataset",
     "StreamsDataset",
     "TextConfig",
