@@ -13,8 +13,6 @@ model takes raises ValueError; a model without a limit reads a document whole, w
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,17 +25,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from .answers import Answers
-from .folders import load_model, longest_text
-from .gguf import gguf_file
 from .likelihood import batches, log_likelihoods, pad_right, shared_prefixes
-from .results import ModelInfo
+from .loading import load_subject
 from .subject import Subject
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEW_TOKENS = 256  # lm-eval's own, where a task does not say how many
+FEW = 8  # special tokens around a text, at most
 
 
 @register_model("everlong")
@@ -64,7 +60,9 @@ class EverlongLM(TemplateLM):
         if isinstance(pretrained, Subject):
             self.subject = pretrained
         else:
-            self.subject = load_subject(pretrained, device, piece, tokens_per_forward)
+            self.subject = load_subject(pretrained, piece=piece, tokens_per_forward=tokens_per_forward)
+            if device is not None:
+                self.subject.model.to(device)
         self.tokenizer = self.subject.tokenizer
         self._device = self.subject.model.device
         self.answers = None if answers is None else Answers(answers, self.subject.info.fingerprint)
@@ -122,8 +120,6 @@ class EverlongLM(TemplateLM):
 
         def ask(new: Sequence[Instance]) -> Iterator[tuple[int, list[Any]]]:
             pairs = [self.encode_pair(*request.args) for request in new]
-            for request, (context, end) in zip(new, pairs, strict=True):
-                self._check_length(request, len(context) + len(end) - 1)
             for i, score in log_likelihoods(self.subject, pairs):
                 yield i, list(score)
 
@@ -151,12 +147,36 @@ class EverlongLM(TemplateLM):
             for i, request in enumerate(new):
                 wish = self._wish(request)
                 ids = self.tok_encode(request.args[0])
-                self._check_length(request, len(ids) + wish[0] - 1)
                 wishes.setdefault(wish, []).append((i, ids))
             for (new_tokens, stop), asked in wishes.items():
                 yield from _continuations(self.subject, asked, new_tokens, stop)
 
         return self._answer("generate_until", requests, ask, disable_tqdm)
+
+    def check(self, requests: Sequence[Instance]) -> None:
+        """Raise ValueError if one of them is longer than the model takes, or cannot be answered."""
+        longest = self.subject.info.longest
+        for request in requests:
+            new_tokens = 0
+            if request.request_type == "generate_until":
+                new_tokens = self._wish(request)[0]
+            # A token is a byte at least: most need not be counted.
+            texts = [text for text in request.args if isinstance(text, str)]
+            bytes_ = sum(len(text.encode()) for text in texts) + FEW
+            is_whole = request.request_type == "loglikelihood_rolling"
+            if longest is None or is_whole or bytes_ + new_tokens <= longest:
+                continue
+            if new_tokens:
+                tokens = len(self.tok_encode(texts[0])) + new_tokens - 1
+            else:
+                context, end = self.encode_pair(*request.args)
+                tokens = len(context) + len(end) - 1
+            if tokens > longest:
+                raise ValueError(
+                    f"{request.task_name or 'a task'} has a question of {tokens:,} tokens, the model "
+                    f"takes {longest:,} at most, and nothing is cut off: give fewer examples "
+                    "(num_fewshot), or leave the task out"
+                )
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of a context and of what follows it. An empty context is <bos>."""
@@ -183,6 +203,7 @@ class EverlongLM(TemplateLM):
         if self.answers is not None:
             found = [self.answers.get(kind, request.args) for request in requests]
         places = [i for i, answer in enumerate(found) if answer is None]
+        self.check([requests[place] for place in places])
         with tqdm(total=len(places), desc=f"{kind} requests", disable=is_quiet) as bar:
             for i, answer in ask([requests[place] for place in places]):
                 found[places[i]] = answer
@@ -219,62 +240,8 @@ class EverlongLM(TemplateLM):
         stop = handle_stop_sequences(list(wish["until"]), eos=end)
         return wish["max_gen_toks"], tuple(mark for mark in stop if mark)
 
-    def _check_length(self, request: Instance, tokens: int) -> None:
-        longest = self.subject.info.longest
-        if longest is not None and tokens > longest:
-            raise ValueError(
-                f"{request.task_name or 'a task'} has a question of {tokens:,} tokens, the model takes "
-                f"{longest:,} at most, and nothing is cut off: give fewer examples (num_fewshot), or "
-                "leave the task out"
-            )
-
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def load_subject(
-    name: str | Path, device: str | None = None, piece: int = 1024, tokens_per_forward: int = 32768
-) -> Subject:
-    """The model of a folder (of `transformers`, or with one GGUF file) or of a hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = gguf_file(name) if Path(name).is_dir() else None
-    if Path(name).is_dir() and file is None:
-        model, tokenizer = load_model(name)
-    else:
-        given = {} if file is None else {"gguf_file": file}
-        model = AutoModelForCausalLM.from_pretrained(name, **given).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, **given)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if device is not None:
-        model.to(device)
-    short = Path(name).name
-    info = ModelInfo(
-        name=short,
-        label=short,
-        path=str(name),
-        kind=model.config.model_type,
-        parameters=model.num_parameters(),
-        longest=longest_text(model),
-        fingerprint=fingerprint(model, tokenizer),
-    )
-    return Subject(model, tokenizer, info, piece=piece, tokens_per_forward=tokens_per_forward)
-
-
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a model's weights, its configuration and its tokenizer, wherever they came from."""
-    digest = hashlib.sha256()
-    config = model.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "_model_name_or_path"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    digest.update(words.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _log_likelihoods_of_texts(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .harness_load import load_tasks, set_fewshot
 from .results import Cell, Estimate, Metric, TaskInfo
 from .subject import Subject
-from .task import Record, Task
+from .task import Record, Task, share_time
 
 COMMONSENSE = (
     "wikitext",
@@ -72,6 +72,7 @@ MMLU_NAMES = {
 }
 FEWSHOT_SEED = 1234  # lm-eval's own
 CHUNK = 256  # documents asked at a time
+SHOWN = 1000  # last letters of a prompt that a record keeps
 
 
 def harness_tasks(
@@ -164,7 +165,12 @@ class HarnessTask(Task):
         self.info = self._info(family)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
-        """The first `samples` documents of each of lm-eval's tasks."""
+        """The first `samples` documents of each of lm-eval's tasks.
+
+        Raises ValueError if one of them is longer than the model takes.
+        """
+        if subject.info.longest is not None:
+            self._check_lengths(subject, samples)
         return sum(min(samples, leaf.documents) for leaf in self.leaves)
 
     def cost(self, subject: Subject, length: int | None) -> int:
@@ -196,16 +202,14 @@ class HarnessTask(Task):
                 chunk = sorted(documents)[start : start + CHUNK]
                 yield from self._ask(lm, self.leaves[number], chunk)
 
-    def cells(
-        self, subject: Subject, length: int | None, records: Sequence[Record], seconds: float
-    ) -> list[Cell]:
+    def cells(self, subject: Subject, length: int | None, records: Sequence[Record]) -> list[Cell]:
         """All documents, the rows of MMLU, and each task of a group."""
-        whole = self.cell(subject, length, records, seconds, None)
+        whole = self.cell(subject, length, records)
         cells = [whole]
         for name, members in self._groups().items():
-            mine = [record for record in records if record["group"] in members]
+            mine = [record for record in records if record["task"] in members]
             if mine:
-                cells.append(self.cell(subject, length, mine, 0.0, name))
+                cells.append(self.cell(subject, length, mine, name))
         rows = [cell for cell in cells[1:] if cell.group in _mmlu_rows()]
         if rows:
             mean = sum(cell.main.value for cell in rows) / len(rows)
@@ -217,20 +221,21 @@ class HarnessTask(Task):
         subject: Subject,
         length: int | None,
         records: Sequence[Record],
-        seconds: float,
-        group: str | None,
+        group: str | None = None,
     ) -> Cell:
         """One cell of these documents, put together as lm-eval does it."""
         metrics = {name: self._estimate(name, records) for name in self.info.metrics}
-        return Cell(
-            task=self.info.name,
-            model=subject.info.name,
-            length=length,
-            metrics=metrics,
-            group=group,
-            tokens=sum(record["tokens"] for record in records) / max(len(records), 1),
-            seconds=seconds,
-        )
+        return replace(super().cell(subject, length, records, group), metrics=metrics)
+
+    def _check_lengths(self, subject: Subject, samples: int) -> None:
+        """Raise ValueError if a document is longer than the model takes."""
+        from .harness import EverlongLM
+
+        lm = EverlongLM(subject)
+        for leaf in self.leaves:
+            leaf.prepare(min(samples, leaf.documents))
+            for requests in leaf.requests[:samples]:
+                lm.check(requests)
 
     def _places(self, count: int) -> list[tuple[int, int]]:
         """(task, document) of each index: the first document of each task, then the second ones."""
@@ -250,14 +255,16 @@ class HarnessTask(Task):
         for request in flat:
             request.resps, request.filtered_resps = [], {}
         kinds = dict.fromkeys(request.request_type for request in flat)
-        for kind in kinds:
-            mine = [request for request in flat if request.request_type == kind]
-            for request, answer in zip(mine, getattr(lm, kind)(mine, disable_tqdm=True), strict=True):
-                request.resps.append(answer)
+        with share_time(len(documents)) as time:
+            for kind in kinds:
+                mine = [request for request in flat if request.request_type == kind]
+                answers = getattr(lm, kind)(mine, disable_tqdm=True)
+                for request, answer in zip(mine, answers, strict=True):
+                    request.resps.append(answer)
         task._instances = flat
         task.apply_filters()
         for (_, index), requests in zip(documents, asked, strict=True):
-            yield self._record(lm, leaf, index, requests)
+            yield {**self._record(lm, leaf, index, requests), "seconds": time.each}
 
     def _record(self, lm: Any, leaf: Leaf, index: int, requests: list[Any]) -> Record:
         """The record of one document, whose requests are answered."""
@@ -274,11 +281,11 @@ class HarnessTask(Task):
         answer, wanted = _told(task, requests)
         return {
             "index": index,
-            "group": leaf.name,
+            "task": leaf.name,
             "scores": scores,
             "values": values,
             "tokens": _tokens(lm, requests),
-            "prompt": str(requests[0].args[0]),
+            "prompt": str(requests[0].args[0])[-SHOWN:],
             "answer": answer,
             "wanted": wanted,
             "responses": [_plain(request.resps[0]) for request in requests],
@@ -295,7 +302,7 @@ class HarnessTask(Task):
         if self._counts_tasks_alike(name):
             tasks: dict[str, list[Any]] = {}
             for record in mine:
-                tasks.setdefault(record["group"], []).append(_back(record["values"][name]))
+                tasks.setdefault(record["task"], []).append(_back(record["values"][name]))
             value = sum(aggregation(each) for each in tasks.values()) / len(tasks)
             shift = value - estimate.value
             estimate = Estimate(value, estimate.low + shift, estimate.high + shift, estimate.samples)
