@@ -36,13 +36,10 @@ def set_fewshot(task: Any, wanted: int | None) -> None:
     own = task.config.num_fewshot
     if own is None or (wanted is not None and own != 0):
         task.set_config("num_fewshot", wanted or 0)
-    config = task.config
-    has_examples = config.training_split or task.fewshot_cfg.split or task.fewshot_cfg.samples
-    if config.num_fewshot and not has_examples:
+    if task.config.num_fewshot and getattr(task, "lacks_examples", False):
         raise ValueError(
-            f"{config.num_fewshot} examples before each question of {config.task} are to come from its "
-            f"training split, which is not in {getattr(task, 'source', 'its data')}: put it there, or "
-            "ask without examples"
+            f"{task.config.num_fewshot} examples before each question of {task.config.task} are to come "
+            f"from a split that is not in {task.source}: put it there, or ask without examples"
         )
 
 
@@ -82,6 +79,7 @@ def _local_task(data_dir: str | Path | None) -> type:
         """As lm-eval's; `source` says where its rows are from."""
 
         source = ""
+        lacks_examples = False
 
         def __init__(self, config: dict[str, Any]) -> None:
             super().__init__(config={k: v for k, v in config.items() if k != "class"})
@@ -105,10 +103,12 @@ def _local_task(data_dir: str | Path | None) -> type:
             """lm-eval scores the validation split of a task that has no test split, and takes examples
             from where there are some: what is not in the folder does not exist."""
             config = self.config
+            examples = config.fewshot_split or config.training_split
+            self.lacks_examples = examples is not None and examples not in self.dataset
             for name in ("training_split", "validation_split", "test_split"):
                 if getattr(config, name) not in self.dataset:
                     setattr(config, name, None)
-            if config.fewshot_split is not None and config.fewshot_split not in self.dataset:
+            if config.fewshot_split is not None and self.lacks_examples:
                 config.fewshot_split = self.fewshot_cfg.split = None
             if not (config.test_split or config.validation_split):
                 raise ValueError(
@@ -129,7 +129,7 @@ def _missing(name: str, task: Any, data_dir: str | Path | None, error: Exception
         f"the data of {name} do not come from the hub ({type(error).__name__}: {reason}) and are "
         f"{looked}: download the data set {task.DATASET_PATH}{subset}, put its {split} split into "
         f"{data_dir or 'DIR'}/{name}/{split}.parquet (.arrow, .jsonl), and name that folder with "
-        f"--data-dir {data_dir or 'DIR'}"
+        f"--data_dir {data_dir or 'DIR'}"
     )
 
 

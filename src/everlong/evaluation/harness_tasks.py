@@ -161,16 +161,16 @@ class HarnessTask(Task):
         self.group = group
         self.answers = answers
         for leaf in self.leaves:
+            _check_kind(leaf)
             set_fewshot(leaf.task, num_fewshot)
         self.info = self._info(family)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
         """The first `samples` documents of each of lm-eval's tasks.
 
-        Raises ValueError if one of them is longer than the model takes.
+        Raises ValueError if the model cannot be asked one of them: it is too long, or wants samples.
         """
-        if subject.info.longest is not None:
-            self._check_lengths(subject, samples)
+        self._check_documents(subject, samples)
         return sum(min(samples, leaf.documents) for leaf in self.leaves)
 
     def cost(self, subject: Subject, length: int | None) -> int:
@@ -227,8 +227,7 @@ class HarnessTask(Task):
         metrics = {name: self._estimate(name, records) for name in self.info.metrics}
         return replace(super().cell(subject, length, records, group), metrics=metrics)
 
-    def _check_lengths(self, subject: Subject, samples: int) -> None:
-        """Raise ValueError if a document is longer than the model takes."""
+    def _check_documents(self, subject: Subject, samples: int) -> None:
         from .harness import EverlongLM
 
         lm = EverlongLM(subject)
@@ -260,7 +259,7 @@ class HarnessTask(Task):
                 mine = [request for request in flat if request.request_type == kind]
                 answers = getattr(lm, kind)(mine, disable_tqdm=True)
                 for request, answer in zip(mine, answers, strict=True):
-                    request.resps.append(answer)
+                    request.resps += [answer] * (request.repeats or 1)
         task._instances = flat
         task.apply_filters()
         for (_, index), requests in zip(documents, asked, strict=True):
@@ -376,6 +375,17 @@ class HarnessTask(Task):
                     chance=1 / choices if choices and metric.startswith("acc") else None,
                 )
         return found
+
+
+def _check_kind(leaf: Leaf) -> None:
+    """Raise ValueError for a task that is more than text."""
+    if getattr(leaf.task, "UNSAFE_CODE", False):
+        raise ValueError(
+            f"{leaf.name} runs programs that the model wrote, which everlong does not: use lm-eval's own "
+            "command line (python -m everlong.lm_eval) with --confirm_run_unsafe_code"
+        )
+    if getattr(leaf.task, "MULTIMODAL", False):
+        raise ValueError(f"{leaf.name} shows pictures or plays sounds: leave it out")
 
 
 def _lm_eval_version() -> str:
