@@ -38,8 +38,8 @@ def set_fewshot(task: Any, wanted: int | None) -> None:
         task.set_config("num_fewshot", wanted or 0)
     if task.config.num_fewshot and getattr(task, "lacks_examples", False):
         raise ValueError(
-            f"{task.config.num_fewshot} examples before each question of {task.config.task} are to come "
-            f"from a split that is not in {task.source}: put it there, or ask without examples"
+            f"{task.config.num_fewshot} examples before each question of {task.config.task} are to "
+            f"come from a split that is not in {task.source}: put it there, or ask without examples"
         )
 
 

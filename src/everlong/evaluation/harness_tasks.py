@@ -381,7 +381,7 @@ def _check_kind(leaf: Leaf) -> None:
     """Raise ValueError for a task that is more than text."""
     if getattr(leaf.task, "UNSAFE_CODE", False):
         raise ValueError(
-            f"{leaf.name} runs programs that the model wrote, which everlong does not: use lm-eval's own "
+            f"{leaf.name} runs programs that the model wrote, which everlong does not: use lm-eval's "
             "command line (python -m everlong.lm_eval) with --confirm_run_unsafe_code"
         )
     if getattr(leaf.task, "MULTIMODAL", False):
