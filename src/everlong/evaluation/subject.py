@@ -71,7 +71,7 @@ class Subject:
         if self.grows:  # attention over the past is twice as fast where there is none
             piece = max(piece, WHOLE * self.tokens_per_forward // ids.shape[0])
         starts = list(range(0, length, piece))
-        if len(starts) > 1 and length - starts[-1] < keep:
+        while len(starts) > 1 and length - starts[-1] < keep:
             starts.pop()  # the kept tokens must not be cut in two: the last piece takes a few more
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             is_last = end == length
@@ -140,6 +140,12 @@ class Subject:
         if rows > 1:  # not batch_repeat_interleave, which layers of linear attention lack
             order = torch.arange(batch, device=self.model.device).repeat_interleave(rows)
             new.reorder_cache(order)
+        return new
+
+    def select(self, cache: Any, rows: Sequence[int]) -> Any:
+        """A copy of a cache with these of its rows, in this order, any of them several times."""
+        new = self.copy(cache)
+        new.reorder_cache(torch.tensor(rows, device=self.model.device))
         return new
 
     def encode(self, text: str) -> Tensor:
