@@ -140,6 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--babilong", metavar="FOLDER", help="its published samples, instead of simulated ones"
     )
+    evaluate.add_argument("--data_dir", metavar="DIR", help="local data sets of lm-eval's tasks")
+    evaluate.add_argument("--num_fewshot", type=int, help="examples in lm-eval's tasks (lm-eval's own)")
+    evaluate.add_argument(
+        "--tokens_per_forward",
+        type=int,
+        default=32768,
+        help="read at a time, all texts together (32,768); fewer take less memory",
+    )
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
     evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
@@ -340,6 +348,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         stories=options.stories,
         setting=options.setting,
         babilong=options.babilong,
+        data_dir=options.data_dir,
+        num_fewshot=options.num_fewshot,
     )
     tasks = build_tasks(names, lengths, chosen)
     out = Path(options.out)
@@ -358,6 +368,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         out,
         settings=settings,
         passages=options.passages,
+        tokens_per_forward=options.tokens_per_forward,
         on_results=lambda results: results.write(out / "results.json"),
     )
     if _is_main():

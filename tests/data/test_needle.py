@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 
-from everlong.data.needle import NeedleConfig, NeedleDataset
 from everlong.data.haystack import Haystack
+from everlong.data.needle import NeedleConfig, NeedleDataset
 from everlong.data.text import Document
 
 WORDS = ("alpha beta gamma delta epsilon zeta eta theta " * 40).encode()

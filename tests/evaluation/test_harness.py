@@ -567,7 +567,9 @@ def test_data_that_are_nowhere_are_named(offline, tmp_path):
 
 
 def test_examples_without_a_training_split_are_refused(data):
-    with pytest.raises(ValueError, match="2 examples before each question of winogrande are to come from a split"):
+    with pytest.raises(
+        ValueError, match="2 examples before each question of winogrande are to come from a split"
+    ):
         harness_tasks(["winogrande"], data_dir=data, num_fewshot=2)
 
 

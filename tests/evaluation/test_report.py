@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from everlong.evaluation.needle import Share
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -12,7 +13,6 @@ from everlong.evaluation import (
     write_markdown,
     write_results,
 )
-from everlong.evaluation.needle import Share
 from everlong.evaluation.report import _label_heights, length_name
 
 

@@ -52,7 +52,7 @@ def test_pieces_give_what_one_call_gives(reader):
 def test_a_copied_cache_goes_on_from_where_it_was(reader):
     ids = torch.randint(256, (1, 100))
     _, cache = reader.read(ids[:, :70])
-    rows = reader.copy(cache, 2)
+    rows = reader.select(cache, [0, 0])
     two, _ = reader.read(ids[:, 70:].repeat(2, 1), 3, rows)
     one, _ = reader.read(ids[:, 70:], 3, reader.copy(cache))
     again, _ = reader.read(ids[:, 70:], 3, cache)

@@ -147,7 +147,7 @@ def _score_lines(
     for batch in batches(lines, lambda line: len(line[1]), fits):
         ids = pad_right([tokens for _, tokens, _ in batch])
         first = min(len(tokens) - wanted for _, tokens, wanted in batch)
-        start = None if cache is None else subject.copy(cache, len(batch))
+        start = None if cache is None else subject.select(cache, [0] * len(batch))
         logits, _ = subject.read(ids, ids.shape[1] - first, start)
         for row, (fork, tokens, wanted) in zip(logits, batch, strict=True):
             place = len(tokens) - first
@@ -169,7 +169,7 @@ def _score_branches(
             count += 1
         batch, forks = forks[:count], forks[count:]
         ids = torch.tensor([fork.context[past:] for fork in batch])
-        start = None if cache is None else subject.copy(cache, count)
+        start = None if cache is None else subject.select(cache, [0] * count)
         logits, read = subject.read(ids, 1, start)
         ends = [(row, end) for row, fork in enumerate(batch) for end in fork.ends if len(end) > 1]
         tails = _score_tails(subject, ends, length, read)

@@ -134,13 +134,9 @@ class Subject:
             for row, text in zip(rows, texts, strict=True)
         ]
 
-    def copy(self, cache: Any, rows: int = 1, batch: int = 1) -> Any:
-        """A cache (of `batch` rows) at the same place, to be used up, with each row `rows` times."""
-        new = cache.copy() if hasattr(cache, "copy") else copy.deepcopy(cache)
-        if rows > 1:  # not batch_repeat_interleave, which layers of linear attention lack
-            order = torch.arange(batch, device=self.model.device).repeat_interleave(rows)
-            new.reorder_cache(order)
-        return new
+    def copy(self, cache: Any) -> Any:
+        """A cache at the same place, to be used up."""
+        return cache.copy() if hasattr(cache, "copy") else copy.deepcopy(cache)
 
     def select(self, cache: Any, rows: Sequence[int]) -> Any:
         """A copy of a cache with these of its rows, in this order, any of them several times."""

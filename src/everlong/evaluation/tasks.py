@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from everlong.data.babilong import TASKS as BABI_TASKS
 
 from .babilong import FAMILY, babilong_tasks
+from .harness_tasks import harness_tasks
 from .haystack import HaystackTask
 from .perplexity import ContextTask, PerplexityTask
+from .ruler import NAMES as RULER
+from .ruler import ruler_tasks
 from .task import Task
 
 TRAINED = ("needle", "babi")
 BABILONG = (FAMILY, *(f"{FAMILY}_{task}" for task in BABI_TASKS))
-OWN = (*TRAINED, *BABILONG, "perplexity", "context")
+RULER_OFFICIAL = tuple(f"ruler_{name}" for name in RULER)
+OWN = (*TRAINED, *RULER, *BABILONG, "perplexity", "context")
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class TaskOptions:
     """What tasks are told besides their names.
 
     seed: of the samples. source: a text, as for `load_text`. stories: a folder of bAbI's files, for
-    babi. setting, babilong: of `BabilongTask` (babilong is its `published`).
+    babi. setting, babilong: of `BabilongTask` (babilong is its `published`). data_dir, num_fewshot: of
+    lm-eval's tasks, see `harness_tasks`.
     """
 
     seed: int = 0
@@ -30,15 +36,24 @@ class TaskOptions:
     stories: str | None = None
     setting: str = "auto"
     babilong: str | None = None
+    data_dir: str | Path | None = None
+    num_fewshot: int | None = None
 
 
 def build_tasks(names: Sequence[str], lengths: Sequence[int], options: TaskOptions) -> list[Task]:
-    """The tasks by name, each once. Raises ValueError for an unknown name."""
-    tasks: list[Task] = []
-    for name in dict.fromkeys(names):
-        tasks += _tasks(name, lengths, options)
-    by_name = {task.info.name: task for task in reversed(tasks)}
-    return list(reversed(by_name.values()))
+    """The tasks by name, each once; a name that is none of everlong's is one of lm-eval's.
+
+    Raises ValueError for an unknown name, and for a task whose data cannot be had.
+    """
+    if not names:
+        raise ValueError(f"got no tasks: give some of {', '.join(OWN)}, or of lm-eval's")
+    tasks: dict[str, Task] = {}
+    for name in names:
+        for task in _tasks(name, lengths, options):
+            tasks.setdefault(task.info.name, task)
+    if any(task.info.axis is not None for task in tasks.values()) and not lengths:
+        raise ValueError("got no lengths: give at least one, in tokens")
+    return list(tasks.values())
 
 
 def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[Task]:
@@ -52,8 +67,13 @@ def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[
             setting=options.setting,
             published=options.babilong,
         )
+    if name in (*RULER, *RULER_OFFICIAL):
+        return ruler_tasks([name], seed=options.seed, source=options.source)
     if name == "perplexity":
         return [PerplexityTask(options.source, lengths)]
     if name == "context":
         return [ContextTask(options.source, lengths)]
-    raise ValueError(f"unknown task {name!r}: known are {', '.join(OWN)}")
+    try:
+        return harness_tasks([name], data_dir=options.data_dir, num_fewshot=options.num_fewshot)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is none of everlong's tasks ({', '.join(OWN)}); {error}") from error
