@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tiny_recipe, tmp_path, capsys):
         (["eval", "/no/such", "--out", "OUT"], "/no/such does not exist"),
         (
             ["eval", "MODEL", "--out", "OUT", "--tasks", "noodle"],
-            "unknown task 'noodle': known are needle",
+            "'noodle' is none of everlong's tasks",
         ),
         (["data", "babi-check", "/no/such"], "/no/such has no files of bAbI"),
         (["data", "babi-write", "OUT", "--tasks", "qa0"], "tasks are some of qa1, .* got 'qa0'"),

@@ -10,7 +10,7 @@ from everlong.evaluation import ModelInfo, Subject
 
 
 class Reader(torch.nn.Module):
-    """A causal model of bytes that says what `answer` says of the text so far; its cache is that text."""
+    """A causal model of bytes: it says what `answer` says of the text so far, which is its cache."""
 
     device = torch.device("cpu")
     _is_stateful = True

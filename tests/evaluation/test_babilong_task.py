@@ -96,7 +96,8 @@ def test_published_samples_come_from_a_local_copy(tmp_path):
     (folder / "1k").mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(folder / "1k" / "qa1.parquet")
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: 1k\n  data_files:\n  - split: qa1\n    path: 1k/qa1.parquet\n---\n"
+        "---\nconfigs:\n- config_name: 1k\n  data_files:\n"
+        "  - split: qa1\n    path: 1k/qa1.parquet\n---\n"
     )
     asked = BabilongTask("qa1", setting="trained", published=str(folder))
     model = subject(Reader(reader_of("qa1")))
