@@ -50,6 +50,8 @@ def features(block):
     for before, fact in zip(("", *facts), facts, strict=False):
         yield "fact", shape(fact)
         yield "kinds", shape(before).split()[-2:] == shape(fact).split()[-2:], shape(fact)[-6:]
+        if re.search("dropped|left|discarded|put down", fact):
+            yield "dropped there", fact.endswith(" there.")
         yield "pair", before.split()[:1] == fact.split()[:1], shape(fact)[-4:]
 
 
