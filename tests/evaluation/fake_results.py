@@ -119,9 +119,14 @@ def fake_models(count=4, seeds=3, long_names=False):
     return models
 
 
-def fake_results(count=4, seeds=3, long_names=False, lengths=LENGTHS, babilong=BABILONG_LENGTHS):
+def fake_results(
+    count=4, seeds=3, long_names=False, lengths=LENGTHS, babilong=BABILONG_LENGTHS, stories=5
+):
     """The needle at nine lengths by depth, five tasks of BABILong at eight, MMLU by group, HellaSwag,
-    WikiText and perplexity by position. Seeded: equal arguments make equal results."""
+    WikiText and perplexity by position. Seeded: equal arguments make equal results.
+
+    count, seeds, long_names: see `fake_models`. lengths: of the needle; babilong: of so many `stories`.
+    """
     models = fake_models(count, seeds, long_names)
     draw = random.Random(0)
     cells = []
@@ -130,7 +135,7 @@ def fake_results(count=4, seeds=3, long_names=False, lengths=LENGTHS, babilong=B
         for length in lengths:
             if model.longest is None or length <= model.longest:
                 cells.append(_needle(draw, model, length, skill))
-        for task in BABILONG:
+        for task in BABILONG[:stories]:
             for length in babilong:
                 if model.longest is None or length <= model.longest:
                     share = _share(skill + 2 - int(task.name[-1]) / 2, length)
@@ -140,7 +145,7 @@ def fake_results(count=4, seeds=3, long_names=False, lengths=LENGTHS, babilong=B
         cells += _short(draw, model, skill)
         cells.append(_curve(draw, model, skill))
     return Results(
-        tasks=[NEEDLE, *BABILONG, MMLU, HELLASWAG, WIKITEXT, PERPLEXITY],
+        tasks=[NEEDLE, *BABILONG[:stories], MMLU, HELLASWAG, WIKITEXT, PERPLEXITY],
         models=models,
         cells=cells,
         settings={"samples": SAMPLES, "seed": 0, "lengths": list(lengths), "command": COMMAND},

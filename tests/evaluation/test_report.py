@@ -1,98 +1,349 @@
-import json
+import itertools
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
-from everlong.evaluation.needle import Share
+from fake_results import BABILONG, K, fake_results, fake_samples
 from matplotlib.image import imread
 from rich.console import Console
 
-from everlong.evaluation import (
-    NeedleReport,
-    NeedleScore,
-    plot_needle,
-    print_needle_table,
-    write_markdown,
-    write_results,
+from everlong.evaluation.page import write_html
+from everlong.evaluation.plots import draw, pictures
+from everlong.evaluation.report import print_tables, to_markdown, write_report
+from everlong.evaluation.results import Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from everlong.evaluation.tables import (
+    chapters,
+    family_columns,
+    number,
+    rows_of,
+    task_tables,
+    title_of,
 )
-from everlong.evaluation.report import _label_heights, length_name
+from everlong.pictures import spread
 
 
-def report(name, hits, seed=0, lengths=(512, 2048), **fields):
-    scores = [
-        NeedleScore(
-            length=length,
-            exact=Share(each, 100),
-            digits=Share(5 * each, 500),
-            by_depth=[Share(each // 10, 10)] * 10,
-            within_reach=fields.get("near"),
-            beyond_reach=fields.get("far"),
-            mean_distance=length / 2,
-            seconds=1.5,
-            tokens_per_second=100.0,
-        )
-        for length, each in zip(lengths, hits, strict=True)
+def model(name, label=None, seed=None):
+    return ModelInfo(name, label or name, f"runs/{name}", "titans", 1000, seed, training_length=512)
+
+
+def needle(name, length, hits, samples=100, **fields):
+    return Cell("needle", name, length, {"exact": Estimate.of_hits(hits, samples)}, **fields)
+
+
+def results_of(models, cells, **task):
+    info = {"name": "needle", "title": "Needle", "about": "Find it.", "metrics": {"exact": EXACT}}
+    return Results([TaskInfo(**{**info, **task})], models, cells, provenance={"date": "2026-11-25"})
+
+
+EXACT = Metric("whole keys right")
+
+
+def rows(table):
+    return [row for _, block in table.blocks for row in block]
+
+
+def test_a_cell_has_the_interval_of_one_seed_and_the_spread_of_several():
+    models = [model("a 0", "a", 0), model("a 1", "a", 1), model("b")]
+    cells = [
+        needle("a 0", 512, 100),
+        needle("a 1", 512, 90),
+        needle("a 0", 2 * K, 80),
+        needle("a 1", 2 * K, 40),
+        needle("b", 512, 98),
     ]
-    return NeedleReport(name, scores, seed, training_length=512, about={"tokens": 9})
-
-
-def test_results_hold_the_numbers_their_intervals_and_where_they_come_from(tmp_path):
-    reports = [report("lmm", [100, 80]), report("attention", [30, 0])]
-    write_results(tmp_path / "deep" / "results.json", reports, full=False)
-    values = json.loads((tmp_path / "deep" / "results.json").read_text())
-    assert values["full"] is False
-    assert values["provenance"]["packages"]["torch"]
-    exact = values["models"][0]["scores"][1]["exact"]
-    assert exact == {
-        "share": 0.8,
-        "low": pytest.approx(0.711, abs=1e-3),
-        "high": pytest.approx(0.867, abs=1e-3),
-        "samples": 100,
-    }
-    assert [NeedleReport.from_json(each) for each in values["models"]] == reports
-
-
-def test_the_table_has_intervals_for_one_seed_and_the_spread_for_several(tmp_path):
-    reports = [
-        report("lmm", [100, 80], seed=0),
-        report("lmm", [90, 40], seed=1),
-        report("attention", [30], lengths=[512]),
-    ]
-    write_markdown(tmp_path / "table.md", reports)
-    assert (tmp_path / "table.md").read_text() == (
-        "| tokens | lmm, 2 seeds | attention |\n"
-        "| ---: | ---: | ---: |\n"
-        "| 512 | 95 (90-100) · 95 | 30 (22-40) · 30 |\n"
-        "| 2K | 60 (40-80) · 60 | - |\n"
+    (table,) = task_tables(results_of(models, cells), results_of(models, cells).tasks[0])
+    assert table.markdown() == (
+        "whole keys right, % · in brackets the 95% interval · of several seeds the mean "
+        "(lowest-highest) · 100 samples each:\n\n"
+        "| model | 512 | 2K |\n"
+        "| --- | ---: | ---: |\n"
+        "| a, 2 seeds | 95 (90-100) | 60 (40-80) |\n"
+        "| b | 98 (93-99) | - |\n"
     )
 
 
-def test_the_printed_table_says_what_lies_beyond_the_reach(tmp_path):
-    far = report("attention", [30, 0], near=Share(15, 20), far=Share(1, 80))
-    with (tmp_path / "out").open("w") as file:
-        print_needle_table([report("lmm", [100, 80]), far], Console(file=file, width=100))
-    text = (tmp_path / "out").read_text()
-    assert "80 (71-87) · 80" in text
-    assert "attention: 30 of 40 answers right within its attention's reach, 2 of 160 beyond it" in text
+def test_a_seed_that_is_missing_is_said():
+    models = [model("a 0", "a", 0), model("a 1", "a", 1)]
+    results = results_of(
+        models, [needle("a 0", 512, 100), needle("a 1", 512, 90), needle("a 0", K, 98)]
+    )
+    assert rows(task_tables(results, results.tasks[0])[0])[0][1:] == [
+        "95 (90-100)",
+        "98 (93-99), 1 seed",
+    ]
 
 
-def test_the_picture_shows_every_model(tmp_path):
-    reports = [report("lmm", [100, 80], seed) for seed in range(3)] + [report("other", [9, 0])]
-    plot_needle(tmp_path / "needle.png", reports)
+def test_models_of_one_label_that_are_no_seeds_stay_apart():
+    models = [model("a, step 100", "a"), model("a, step 200", "a"), model("b")]
+    assert list(rows_of(results_of(models, []))) == ["a, step 100", "a, step 200", "b"]
+
+
+def test_samples_are_said_once_or_for_each_length():
+    cells = [needle("a", 512, 50), needle("a", K, 10, samples=20)]
+    results = results_of([model("a")], cells)
+    (table,) = task_tables(results, results.tasks[0])
+    assert table.head == ["model", "512, n 100", "1K, n 20"]
+    assert "samples" not in table.caption
+
+
+def test_numbers():
+    bits = Metric("bits a byte", is_share=False, higher_is_better=False)
+    values = [2.0951, 12.3, 999.97, 12345.6, math.nan, math.inf, -1.5]
+    assert [number(each, bits) for each in values] == [
+        "2.095", "12.30", "1,000", "12,346", "-", "-", "-1.500"
+    ]  # fmt: skip
+    assert number(0.3333, EXACT) == "33"
+    assert number(0.3333, EXACT, samples=1000) == "33.3"
+    assert title_of(bits) == "bits a byte (lower is better)"
+    assert title_of(replace(EXACT, chance=1 / 6)) == "whole keys right, % (chance 17%)"
+
+
+def test_intervals_stay_within_shares_and_may_be_unknown():
+    share = Metric("values found")
+    low = Estimate(0.02, -0.03, 0.07, 30)
+    one = Estimate.of([0.5])
+    cells = [Cell("needle", "a", 512, {"exact": low}), Cell("needle", "a", K, {"exact": one})]
+    results = results_of([model("a")], cells, metrics={"exact": share})
+    assert rows(task_tables(results, results.tasks[0])[0]) == [["a", "2 (0-7)", "50"]]
+
+
+def test_what_lies_beyond_the_reach_is_said():
+    nothing = {"value": None, "samples": 0}  # NaN as it is read back from JSON
+    more = [
+        {"within_reach": {"value": 10 / 30, "samples": 30}, "beyond_reach": nothing},
+        {"within_reach": {"value": 2 / 6, "samples": 6}, "beyond_reach": {"value": 0.0, "samples": 94}},
+    ]
+    cells = [needle("a", 512 * (i + 1), 5, more=each) for i, each in enumerate(more)]
+    results = results_of([model("a"), model("b")], [*cells, needle("b", 512, 9)])
+    assert task_tables(results, results.tasks[0])[0].notes == [
+        "a finds 12 of the 36 answers within its attention's reach and none of the 94 beyond."
+    ]
+
+
+def test_a_family_is_one_table_with_the_mean_of_its_tasks():
+    results = fake_results(count=2, seeds=1, babilong=(K, 2 * K))
+    gone = [each for each in results.cells if each.task != "babilong_qa5" or each.length != 2 * K]
+    results.cells = gone
+    chapter = next(each for each in chapters(results) if each.is_family)
+    (table,) = chapter.tables
+    assert table.head == ["model", "qa1", "qa2", "qa3", "qa4", "qa5", "mean"]
+    assert [name for name, _ in table.blocks] == ["1K tokens", "2K tokens"]
+    assert table.notes == ["Guessing gives: qa1 17%, qa2 17%, qa3 17%, qa4 17%, qa5 14%, mean 16%."]
+    first = table.blocks[0][1][1]
+    assert first[0] == "lm2"
+    assert first[6].split()[0] == f"{sum(map(float, first[1:6])) / 5:.0f}"
+    assert table.blocks[1][1][1][5:] == ["-", "-"]  # no mean of some of the tasks
+
+
+def test_the_interval_of_a_mean_is_that_of_independent_parts():
+    results = fake_results(count=1, seeds=1, babilong=(64 * K,))
+    *columns, mean = family_columns(results, BABILONG, 64 * K)
+    (name,) = mean.found
+    parts = [column.found[name] for column in columns]
+    whole = Estimate.of_hits(sum(part.hits for part in parts), sum(part.samples for part in parts))
+    assert mean.found[name].value == pytest.approx(whole.value)
+    assert mean.found[name].low == pytest.approx(whole.low, abs=0.02)
+    assert mean.found[name].high == pytest.approx(whole.high, abs=0.02)
+
+
+def test_tasks_without_lengths_share_a_table_and_groups_have_their_own():
+    results = fake_results(count=3, seeds=1)
+    chapter = next(each for each in chapters(results) if each.name == "")
+    (table,) = chapter.tables
+    assert table.head[1] == "MMLU: right choices, % (chance 25%), n 2,000"
+    assert table.head[3] == "WikiText: perplexity of a word (lower is better), n 62"
+    assert rows(table)[2][0] == "llama-window"
+    assert rows(table)[2][3] == "-"
+    (groups,) = task_tables(results, chapter.tasks[0])
+    assert groups.head == ["model", "Humanities", "Other", "STEM", "Social Sciences"]
+
+
+def test_many_groups_are_rows():
+    groups = [f"subject {i}" for i in range(20)]
+    cells = [needle("a", None, 5 + i, group=group) for i, group in enumerate(groups)]
+    results = results_of([model("a"), model("b")], [needle("a", None, 9), *cells], axis=None)
+    table = task_tables(results, results.tasks[0])[-1]
+    assert table.head == ["", "a"]
+    assert rows(table)[3][:1] == ["subject 3"]
+    assert rows(table)[3][1].startswith("8 (")
+
+
+def test_positions_are_columns():
+    results = fake_results(count=4, seeds=1)
+    task = results.tasks[-1]
+    (table,) = task_tables(results, task)
+    assert table.head == [
+        "model", "0-1K", "1K-2K", "2K-4K", "4K-8K", "8K-16K", "16K-32K", "32K-64K", "64K-128K", "all"
+    ]  # fmt: skip
+    assert rows(table)[3][7:9] == ["-", "-"]
+    assert re.fullmatch(r"2\.\d{3} \(2\.\d{3}-2\.\d{3}\)", rows(table)[3][1])
+
+
+def test_the_terminal_shows_every_number(capsys):
+    results = fake_results(count=2, seeds=2, babilong=(K, 2 * K))
+    print_tables(results, Console(width=60))
+    text = "".join(capsys.readouterr().out.split())
+    for table in [*chapters(results)[1].tables, *task_tables(results, results.tasks[0])]:
+        for cell in rows(table)[0][1:]:
+            value = cell.split()[0]
+            assert value in text
+    assert "…" not in text
+    print_tables(results_of([model("[red]a[/]")], [needle("[red]a[/]", 512, 5)]))
+    assert "[red]a[/]" in capsys.readouterr().out
+
+
+def test_markdown_survives_bars_in_names():
+    results = results_of([model("a|b")], [needle("a|b", 512, 5)])
+    assert "| a\\|b | 5 (2-11) |" in to_markdown(results, [])
+
+
+def test_a_report_is_files_that_can_be_read_again(tmp_path):
+    results = fake_results(2, 2, lengths=(K, 4 * K), babilong=(K, 2 * K), stories=2)
+    files = write_report(results, tmp_path / "deep", fake_samples(results))
+    assert all(path.is_file() for path in files)
+    names = {path.name for path in files}
+    assert {"results.json", "results.md", "report.html", "needle.png", "needle.svg"} <= names
+    assert {"needle-depth.png", "babilong-tasks.svg", "babilong-mean.png", "scores.png"} <= names
+    assert {"mmlu-groups.png", "perplexity.png"} <= names
+    again = Results.load(tmp_path / "deep" / "results.json")
+    text = (tmp_path / "deep" / "results.md").read_text()
+    assert to_markdown(again, []) == re.sub(r"!\[.*\]\(.*\)\n\n", "", text)
+    for link in re.findall(r"\]\((.*)\)", text):
+        assert (tmp_path / "deep" / link).is_file()
+
+
+def test_pictures_are_of_what_is_there(tmp_path):
+    by_depth = [Estimate.of_hits(1, 2)] * 10
+    curve = results_of([model("a")], [needle("a", 512, 5), needle("a", K, 5)])
+    depth = results_of([model("a")], [needle("a", 512, 5, by_depth=by_depth), needle("a", K, 5)])
+    assert [path.name for path in draw(curve, tmp_path)] == ["needle.png", "needle.svg"]
+    assert [picture.name for picture in pictures(depth)] == ["needle", "needle-depth"]
+    assert draw(results_of([model("a")], []), tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_curves_show_every_model(tmp_path):
+    hits = {"a 0": (100, 90), "a 1": (98, 70), "b": (40, 0)}
+    models = [model("a 0", "a", 0), model("a 1", "a", 1), model("b")]
+    cells = [needle(name, K * (1 + i), hit) for name in hits for i, hit in enumerate(hits[name])]
+    draw(results_of(models, cells), tmp_path)
     pixels = imread(tmp_path / "needle.png")
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
         seen = (abs(pixels[..., :3] * 255 - colour) < 2).all(-1)
         assert seen.sum() > 500
 
 
-def test_labels_do_not_overlap():
-    heights = _label_heights([(0.0, 1, "a", ""), (1.0, 1, "b", ""), (90.0, 1, "c", "")])
-    assert heights == [0.0, 6.0, 90.0]
-
-
-def test_length_names():
-    assert [length_name(each) for each in (500, 512, 1024, 1500, 131072)] == [
-        "500",
-        "512",
-        "1K",
-        "1500",
-        "128K",
+def test_the_heat_map_starts_at_the_top_and_hatches_what_is_missing():
+    nothing, all_, none = Estimate.of_hits(0, 0), Estimate.of_hits(10, 10), Estimate.of_hits(0, 10)
+    cells = [
+        needle("a", 512, 5, by_depth=[all_] * 3 + [none] * 7),
+        needle("a", K, 5, by_depth=[nothing] * 5 + [none] * 5),
     ]
+    results = results_of([model("a")], cells)
+    (axes, _) = list(pictures(results))[1].figure.axes
+    numbers = {(text.get_position()): text.get_text() for text in axes.texts}
+    assert numbers[0.5, 0.5] == "100"
+    assert numbers[0.5, 9.5] == "0"
+    assert (1.5, 0.5) not in numbers
+    assert len(numbers) == 15
+    bottom, top = axes.get_ylim()
+    assert top < bottom
+    assert axes.get_yticklabels()[0].get_text() == "0%"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"count": 1, "seeds": 1, "lengths": (K,), "babilong": (K,), "stories": 2},
+        {"count": 12, "long_names": True, "lengths": (0, 512, K), "babilong": (0, K), "stories": 2},
+    ],
+)
+def test_few_and_many_models_and_lengths(asked, tmp_path):
+    results = fake_results(**asked)
+    drawn = list(pictures(results))
+    files = [path for picture in drawn[:2] for path in picture.write(tmp_path)]
+    assert all(path.stat().st_size > 1000 for path in files)
+    write_html(results, tmp_path / "report.html", drawn=drawn[:2])
+    names = [picture.name for picture in drawn]
+    assert len(names) == len(set(names))
+
+
+def test_nothing_at_all(tmp_path):
+    (page, *_) = write_report(results_of([], []), tmp_path)
+    assert "What was evaluated" in page.read_text()
+    cell = Cell("needle", "a", 512, {"exact": Estimate.of_hits(0, 0)})
+    write_report(results_of([model("a")], [cell]), tmp_path)
+
+
+def test_names_are_moved_apart_within_the_picture():
+    assert spread([0.0, 0.01, 0.9], 0.06) == pytest.approx([0.0, 0.06, 0.9])
+    assert spread([0.98, 0.99, 1.0], 0.06) == pytest.approx([0.88, 0.94, 1.0])
+    assert spread([0.5] * 3, 2.0) == pytest.approx([0.0, 0.5, 1.0])
+
+
+class Outline(HTMLParser):
+    """Collects what a page is made of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def of(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def test_the_page_is_accessible_and_asks_for_nothing(tmp_path):
+    results = fake_results(2, 2, lengths=(K, 4 * K), babilong=(K, 2 * K), stories=2)
+    write_html(results, tmp_path / "report.html", fake_samples(results))
+    page = Outline((tmp_path / "report.html").read_text())
+    assert page.of("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert all(each["role"] == "img" and each["aria-label"] for each in page.of("svg"))
+    assert all(each["scope"] in ("col", "row", "rowgroup") for each in page.of("th"))
+    assert len(page.of("caption")) == len(page.of("table")) > 5
+    ids = [each["id"] for _, each in page.tags if "id" in each]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            place = attributes.get(name, "#")
+            assert place.startswith(("#", "data:"))
+            assert not place.startswith("#") or place == "#" or place[1:] in ids
+    assert not page.of("script", "link", "iframe")
+
+
+def test_text_is_escaped(tmp_path):
+    evil = '<script>alert("&")</script>'
+    results = results_of([model(evil)], [needle(evil, 512, 5)], title=evil, about=evil, name=evil)
+    results.cells = [replace(cell, task=evil) for cell in results.cells]
+    results.settings = {"command": evil, evil: evil}
+    record = {"index": 0, "scores": {"exact": 0.0}, "tokens": 9} | dict.fromkeys(
+        ("prompt", "wanted", "answer", "group"), evil
+    )
+    write_html(results, tmp_path / "report.html", {(evil, evil): [record]})
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") > 10
+
+
+def test_right_and_wrong_samples_are_shown(tmp_path):
+    results = results_of([model("a"), model("b")], [needle("a", 512, 5)])
+    records = [
+        {"index": i, "scores": {"exact": hit}, "tokens": 500, "depth": 0.25, "wanted": "12345"}
+        | {"answer": f"answer {i}", "prompt": "x" * 900 + f"ends {i}"}
+        for i, hit in enumerate([1.0, 1.0, 0.0, 0.0])
+    ]
+    write_html(results, tmp_path / "report.html", {("needle", "a"): records})
+    text = (tmp_path / "report.html").read_text()
+    shown = re.findall(r'<li class="(\w+)">.*?sample (\d), 500 tokens, depth 25%', text)
+    assert shown == [("right", "0"), ("wrong", "2")]
+    assert "ends 0</pre>" in text
+    assert "x" * 300 not in text

@@ -116,7 +116,7 @@ def _contents(links: Sequence[tuple[str, str]]) -> str:
 def _scoring(task: TaskInfo) -> str:
     titles = [title_of(metric) for metric in task.metrics.values()]
     more = f" Also: {'; '.join(titles[1:])}." if titles[1:] else ""
-    return f'<p class="faint">Scored by: {escape(titles[0])}.{escape(more)}</p>'
+    return f'<p class="faint scoring">Scored by: {escape(titles[0])}.{escape(more)}</p>'
 
 
 def _tables(tables: Iterable[Table]) -> str:

@@ -25,6 +25,7 @@ from everlong.pictures import (
 from .results import NUM_DEPTH_BINS, Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
 from .run import length_name
 from .tables import (
+    MANY_GROUPS,
     Column,
     anchor,
     chapters,
@@ -46,6 +47,7 @@ MANY_TICKS = 10  # from so many on they are written aslant
 PANELS = 6  # of a picture; more go to the next one
 WIDE = 20  # values differ by this factor: their axis is logarithmic
 CELL = (0.46, 0.28)  # inches
+LETTER = 0.085  # inches
 DARK, LIGHT = "#111111", "#fafafa"  # numbers on a heat map, whatever a page makes of INK and PAPER
 INTERVALS = "the 95% interval, of several seeds from the lowest to the highest"
 MISSING_LOOK: dict[str, Any] = {
@@ -149,14 +151,13 @@ def _curves_or_bars(
         yield Picture(name, of, about, figure, f"Thin lines: {INTERVALS}.")
         return
     metric = columns[0].metric
-    places = _places(lengths)
-    lines = _lines(results, columns, list(places.values()))
-    shown = {line.name for line in lines}
     marks = {
         row: {model.training_length for model in models if model.training_length}
         for row, models in rows_of(results).items()
-        if row in shown
+        if any(column.of(models) for column in columns)
     }
+    places = _places(lengths, marks)
+    lines = _lines(results, columns, list(places.values()))
     figure, axes = _curves(title, lines, metric)
     _length_axis(axes, places, marks)
     axes.set_xlabel("length of the text (tokens)")
@@ -263,22 +264,24 @@ def _family_grids(results: Results, family: str) -> Iterator[Picture]:
 
 
 def _by_group(results: Results, task: TaskInfo) -> Iterator[Picture]:
-    """Models against groups, a heat map for each length."""
+    """Models against groups, many groups against models; a heat map for each length."""
     rows = rows_of(results)
     for length in lengths_of(results, [task]):
         columns = group_columns(results, task, length)
         kept = {row: models for row, models in rows.items() if any(c.of(models) for c in columns)}
         values = [_values(columns, models) for models in kept.values()]
         if _has_numbers(values):
+            names = [column.head for column in columns], list(kept)
+            if len(columns) > MANY_GROUPS:
+                values, names = [list(each) for each in zip(*values, strict=True)], names[::-1]
             title = ", ".join(filter(None, [f"{task.title}, by group", length_title(length)]))
             yield from _grids(
                 f"{task.name}-groups" + ("" if length is None else f"-{length}"),
                 task.name,
                 title,
-                [Panel("", [list(each) for each in zip(*values, strict=True)])],
+                [Panel("", values)],
                 task.metrics[task.main],
-                [short_name(row) for row in kept],
-                [column.head for column in columns],
+                *names,
                 ("", ""),
             )
 
@@ -344,13 +347,13 @@ def _chance_line(axes: Any, height: float) -> None:
     )
 
 
-def _places(lengths: Sequence[int]) -> dict[int, float]:
-    """Where lengths stand on a logarithmic axis: 0 has its place left of the others."""
-    shortest = min((length for length in lengths if length), default=1)
+def _places(lengths: Sequence[int], trained: Mapping[str, set[int]]) -> dict[int, float]:
+    """Where lengths stand on a logarithmic axis: 0 has its place left of all others."""
+    shortest = min(each for each in {1 << 40, *lengths}.union(*trained.values()) if each)
     return {length: length or shortest / 2 for length in lengths}
 
 
-def _length_axis(axes: Any, places: dict[int, float], trained: dict[str, set[int]]) -> None:
+def _length_axis(axes: Any, places: Mapping[int, float], trained: Mapping[str, set[int]]) -> None:
     """Ticks at the lengths; dashed, what the models (by name) were trained at."""
     marks = sorted(set().union(*trained.values()))
     ends = [*places.values(), *marks]
@@ -441,14 +444,16 @@ def _grids(
         part = panels[i : i + PANELS]
         across = min(len(part), 2)
         down = -(-len(part) // across)
-        width = across * (max(len(columns), 4) * CELL[0] + 0.5) + 1.6
+        widest = max(len(short_name(panel.name)) for panel in part) * LETTER
+        width = across * (max(len(columns) * CELL[0], widest) + 0.5) + 1.6
         height = down * (len(part[0].rows) * CELL[1] + 0.8) + 0.6
         figure, all_axes = new_panels(len(part), across, max(width, 5), height)
         for k, (axes, panel) in enumerate(zip(all_axes, part, strict=True)):
             mesh = _heat_map(axes, panel, metric, limits)
             axes.set_title(short_name(panel.name), fontsize=10, loc="left")
             slant = {"rotation": 30, "ha": "right"} if max(map(len, columns)) > 6 else {}
-            axes.set_xticks([c + 0.5 for c in range(len(columns))], columns, **slant)
+            heads = [short_name(column) for column in columns]
+            axes.set_xticks([c + 0.5 for c in range(len(columns))], heads, **slant)
             _row_ticks(axes, rows, is_first=k % across == 0)
             axes.set_xlabel(labels[0] if k + across >= len(part) else "")
             axes.set_ylabel(labels[1] if k % across == 0 else "")

@@ -228,7 +228,7 @@ def position_columns(results: Results, task: TaskInfo, length: int | None) -> li
             if math.isfinite(point.estimate.value):
                 ranges.setdefault((point.start, point.end), {})[cell.model] = point.estimate
     columns = [
-        Column(f"{length_name(start)}-{length_name(end)}", metric, ranges[start, end])
+        Column(f"{length_name(start) if start else '0'}-{length_name(end)}", metric, ranges[start, end])
         for start, end in sorted(ranges)
     ]
     return [*columns, _column(results, "all", task, task.main, length)]
