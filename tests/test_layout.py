@@ -24,6 +24,7 @@ ALLOWED = {
     "evaluation": ON_TOP,
     "demo": ON_TOP | {".training", ".evaluation"},
     "cli": ON_TOP | {".training", ".evaluation", ".demo"},
+    "lm_eval": {"lm_eval", ".evaluation"},
     "__main__": {".cli"},
     "__init__": {".layers", ".models", ".ops"},
 }

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .harness_data import load_local
+
 
 def load_tasks(
     name: str, data_dir: str | Path | None = None
@@ -23,8 +25,8 @@ def load_tasks(
             f"lm-eval knows no task {name!r}: `lm-eval ls tasks` lists them"
             + (f"; among them are {near}" if near else "")
         )
-    with _quiet_datasets():
-        loaded = manager.load([{"group": "everlong", "task": _members(manager, name, data_dir)}])
+    with _quiet_datasets(), _data_from(data_dir):
+        loaded = manager.load([name])
     group = loaded.get("groups", {}).get(name)
     if group is not None and group.has_aggregation:
         return [(loaded["tasks"], group)]
@@ -55,72 +57,59 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _members(manager: Any, name: str, data_dir: str | Path | None) -> list[dict[str, Any]]:
-    """A task, a group, or the tasks of a tag, of a class that looks for local data.
-
-    A task that is a class of its own keeps it; its data come from the hub alone.
-    """
-    local = {"class": _local_task(data_dir)}
-    index = manager.task_index
-    kind = index[name].kind.name
-    if kind == "GROUP":
-        return [{"group": name, **local}]
-    names = sorted(index[name].tags) if kind == "TAG" else [name]
-    return [{"task": each, **({} if index[each].kind.name == "PY_TASK" else local)} for each in names]
-
-
-def _local_task(data_dir: str | Path | None) -> type:
-    """A class of lm-eval tasks that look for their data in a folder first."""
+@contextlib.contextmanager
+def _data_from(data_dir: str | Path | None) -> Iterator[None]:
+    """lm-eval's tasks that are made inside look for their data in a folder, then on the hub."""
     from lm_eval.api.task import ConfigurableTask
 
-    from .harness_data import load_local
+    from_hub = ConfigurableTask.download
 
-    class LocalTask(ConfigurableTask):  # type: ignore[misc]
-        """As lm-eval's; `source` says where its rows are from."""
+    def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if data_dir is not None and _take_local(task, data_dir):
+            return
+        task.source = f"hub: {task.DATASET_PATH}"
+        try:
+            from_hub(task, dataset_kwargs, **kwargs)
+        except Exception as error:  # offline, unknown, gated, broken: each its own kind
+            raise ValueError(_missing(task, data_dir, error)) from error
 
-        source = ""
-        lacks_examples = False
-
-        def __init__(self, config: dict[str, Any]) -> None:
-            super().__init__(config={k: v for k, v in config.items() if k != "class"})
-
-        def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            config, found = self.config, None
-            if data_dir is not None and self.DATASET_PATH:
-                found = load_local(data_dir, config.task, self.DATASET_PATH, self.DATASET_NAME)
-            if found is not None:
-                self.dataset, place = found
-                self.source = str(place)
-                self._leave_out_missing_splits()
-                return
-            self.source = f"hub: {self.DATASET_PATH}"
-            try:
-                super().download(dataset_kwargs, **kwargs)
-            except Exception as error:  # offline, unknown, gated, broken: each its own kind
-                raise ValueError(_missing(config.task, self, data_dir, error)) from error
-
-        def _leave_out_missing_splits(self) -> None:
-            """lm-eval scores the validation split of a task that has no test split, and takes examples
-            from where there are some: what is not in the folder does not exist."""
-            config = self.config
-            examples = config.fewshot_split or config.training_split
-            self.lacks_examples = examples is not None and examples not in self.dataset
-            for name in ("training_split", "validation_split", "test_split"):
-                if getattr(config, name) not in self.dataset:
-                    setattr(config, name, None)
-            if config.fewshot_split is not None and self.lacks_examples:
-                config.fewshot_split = self.fewshot_cfg.split = None
-            if not (config.test_split or config.validation_split):
-                raise ValueError(
-                    f"{self.source} has no split that {config.task} is scored on, only "
-                    f"{', '.join(self.dataset)}: put its test or validation split there"
-                )
-
-    return LocalTask
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = from_hub
 
 
-def _missing(name: str, task: Any, data_dir: str | Path | None, error: Exception) -> str:
+def _take_local(task: Any, data_dir: str | Path) -> bool:
+    """Whether a folder has the task's data, which are then its own.
+
+    lm-eval scores the validation split of a task that has no test split, and takes examples from where
+    there are some: what is not in the folder does not exist.
+    """
+    config = task.config
+    found = load_local(data_dir, config.task, task.DATASET_PATH or "", task.DATASET_NAME)
+    if found is None:
+        return False
+    task.dataset, place = found
+    task.source = str(place)
+    examples = config.fewshot_split or config.training_split
+    task.lacks_examples = examples is not None and examples not in task.dataset
+    for name in ("training_split", "validation_split", "test_split"):
+        if getattr(config, name) not in task.dataset:
+            setattr(config, name, None)
+    if config.fewshot_split is not None and task.lacks_examples:
+        config.fewshot_split = task.fewshot_cfg.split = None
+    if not (config.test_split or config.validation_split):
+        raise ValueError(
+            f"{place} has no split that {config.task} is scored on, only {', '.join(task.dataset)}: "
+            "put its test or validation split there"
+        )
+    return True
+
+
+def _missing(task: Any, data_dir: str | Path | None, error: Exception) -> str:
     """What to do without a data set."""
+    name = task.config.task
     looked = "nowhere else" if data_dir is None else f"not in {data_dir} either"
     split = task.config.test_split or task.config.validation_split
     subset = f", subset {task.DATASET_NAME}" if task.DATASET_NAME else ""
