@@ -477,7 +477,7 @@ def test_what_is_told_of_a_task(data):
     assert list(task.info.metrics) == ["acc_norm", "acc"]  # as Titans' Table 1 reports it
     assert task.info.metrics["acc"].chance == 0.25
     assert task.info.axis is None
-    assert task.info.family == "commonsense"
+    assert task.info.family == "Common sense"
     # The folder has no test split, which lm-eval would score: it is said.
     assert task.info.settings["split"] == "validation"
     assert task.info.settings["data"] == [str(data / "hf_datasets/ai2_arc/ARC-Challenge")]

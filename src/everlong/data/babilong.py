@@ -185,7 +185,8 @@ class BabilongDataset(HaystackDataset):
             before, after = depths[: story.support], depths[story.support + 1 :]
             depths = np.concatenate([before * depth, [depth], depth + (1 - depth) * after])
         questions = {len(each.facts): each for each in asked[:-1]}
-        sentences, place = [], 0
+        sentences: list[Sentence] = []
+        place = 0
         for i, (at, fact) in enumerate(zip(depths, story.facts, strict=True)):
             if i == story.support:
                 place = len(sentences)

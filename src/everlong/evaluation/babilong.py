@@ -28,7 +28,7 @@ from .results import Metric, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
 
-FAMILY = "babilong"
+NAME, FAMILY = "babilong", "BABILong"
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 LABELS = {
     **dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), PLACES),
@@ -97,7 +97,7 @@ class BabilongTask(Task):
         self.setting, self.published = setting, published
         told = f"published samples of {published}" if published else "simulated stories"
         self.info = TaskInfo(
-            name=f"babilong_{task}",
+            name=f"{NAME}_{task}",
             title=f"BABILong {task}: {TITLES[task]}",
             about=f"The sentences of a story of bAbI stand, in order, among those of a long text; its "
             f"question stands at the end ({told}). The answer is generated.",
@@ -125,7 +125,7 @@ class BabilongTask(Task):
         """Whether the model is asked as it was trained."""
         if self.setting != "auto":
             return self.setting == "trained"
-        return subject.recipe.get("data", {}).get("task") == FAMILY
+        return subject.recipe.get("data", {}).get("task") == NAME
 
     def run(
         self, subject: Subject, length: int | None, indices: Sequence[int], count: int
@@ -217,7 +217,7 @@ class BabilongTask(Task):
         """Stories of this task in held-out text, in the model's tokens; made once."""
         if subject.info.path not in self.data:
             fields = dict(subject.recipe.get("data", {}))
-            if fields.get("task") != FAMILY:
+            if fields.get("task") != NAME:
                 fields = {}
             fields |= {"tasks": [self.task]} | ({"source": self.source} if self.source else {})
             config = BabilongConfig(**fields).plain()
@@ -312,6 +312,6 @@ def babilong_tasks(names: Sequence[str], **options: Any) -> list[BabilongTask]:
     wanted = [
         each
         for name in names
-        for each in (TASKS[:5] if name == FAMILY else [name.removeprefix(f"{FAMILY}_")])
+        for each in (TASKS[:5] if name == NAME else [name.removeprefix(f"{NAME}_")])
     ]
     return [BabilongTask(task, **options) for task in dict.fromkeys(wanted)]

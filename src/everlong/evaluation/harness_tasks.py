@@ -93,7 +93,7 @@ def harness_tasks(
     tasks: list[HarnessTask] = []
     for name in names:
         for each in COMMONSENSE if name == "commonsense" else (name,):
-            family = "commonsense" if each in COMMONSENSE else None
+            family = "Common sense" if each in COMMONSENSE else None
             for leaves, group in load_tasks(each, data_dir):
                 tasks.append(HarnessTask(leaves, group, family, num_fewshot, answers))
     return tasks

@@ -11,7 +11,9 @@ from rich.text import Text
 from .page import Samples, subtitle_of_report, title_of_report, write_html
 from .plots import Picture, pictures
 from .results import Results
-from .tables import Table, anchor, chapters, models_table, task_tables
+from .tables import Table, anchor, chapters, models_table, task_tables, turned
+
+WIDE = 10_000  # characters: a line that no table fills
 
 
 def write_report(results: Results, folder: Path, samples: Samples | None = None) -> list[Path]:
@@ -52,7 +54,11 @@ def print_tables(results: Results, console: Console | None = None) -> None:
     for title, table in _printed(results):
         if title:
             console.print(Text(f"\n{title}", "bold"))
-        console.print(table.rich())
+        drawn = table.rich()
+        free = console.options.update(width=WIDE)
+        if console.measure(drawn, options=free).maximum > console.width:  # turned it is narrower
+            drawn = turned(table).rich()
+        console.print(drawn)
         for note in table.notes:
             console.print(Text(note), soft_wrap=True)
 

@@ -232,7 +232,9 @@ def _plain(value: Any) -> Any:
 
 
 def _estimate(values: dict[str, Any]) -> Estimate:
-    numbers = {name: math.nan if each is None else each for name, each in values.items()}
+    numbers: dict[str, Any] = {
+        name: math.nan if each is None else each for name, each in values.items()
+    }
     return Estimate(**numbers)
 
 

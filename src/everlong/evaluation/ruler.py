@@ -21,7 +21,7 @@ from .results import Metric, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
 
-FAMILY = "ruler"
+FAMILY = "RULER's needles, in other words"
 TITLES = {
     "niah_single_1": "a number among the same line over and over",
     "niah_single_2": "a number in prose",
@@ -167,7 +167,7 @@ def task_info(name: str, title: str, about: str, family: str, settings: dict[str
         title=title,
         about=f"{about} Values are hidden in a text and asked for at its end; the answer is generated. "
         "The score is the share of the wanted values that stand in it.",
-        metrics={"match": Metric("wanted values in the answer", chance=0.0)},
+        metrics={"match": Metric("wanted values in the answer")},
         family=family,
         settings=settings,
     )

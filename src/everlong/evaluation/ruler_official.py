@@ -30,7 +30,7 @@ from .ruler import TITLES, NiahTask, task_info
 from .subject import Subject
 
 PREFIX = "ruler_"
-FAMILY = "ruler-official"
+FAMILY = "RULER's needles, its own samples"
 PACKAGE = "long_context_eval"
 INSTALL = "pip install everlong[ruler]"
 NEEDED = ("nltk", "wonderwords", "tenacity", "tqdm")

@@ -150,7 +150,7 @@ def task_tables(results: Results, task: TaskInfo) -> list[Table]:
     if blocks:
         title = f"{title_of(task.metrics[task.main])}, by group"
         table = _table(results, title, blocks)
-        tables.append(_turned(table) if len(table.head) > MANY_GROUPS else table)
+        tables.append(turned(table) if len(table.head) > MANY_GROUPS else table)
     return [table for table in tables if table.blocks]
 
 
@@ -433,17 +433,19 @@ def _cell(column: Column, models: Sequence[ModelInfo]) -> str:
     return text
 
 
-def _turned(table: Table) -> Table:
-    """Columns as rows; of each block by itself."""
+def turned(table: Table) -> Table:
+    """The table with columns as rows, in each block; one whose left columns are several stays."""
+    if table.left > 1:
+        return table
     models = list(dict.fromkeys(row[0] for _, rows in table.blocks for row in rows))
     blocks = []
     for name, rows in table.blocks:
         cells = {row[0]: row[1:] for row in rows}
-        turned = [
+        swapped = [
             [head, *(cells[model][i] if model in cells else MISSING for model in models)]
             for i, head in enumerate(table.head[1:])
         ]
-        blocks.append((name, turned))
+        blocks.append((name, swapped))
     return replace(table, head=["", *models], blocks=blocks)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from everlong.data.babilong import TASKS as BABI_TASKS
 
-from .babilong import FAMILY, babilong_tasks
+from .babilong import NAME, babilong_tasks
 from .harness_tasks import harness_tasks
 from .haystack import HaystackTask
 from .perplexity import ContextTask, PerplexityTask
@@ -17,7 +17,7 @@ from .ruler import ruler_tasks
 from .task import Task
 
 TRAINED = ("needle", "babi")
-BABILONG = (FAMILY, *(f"{FAMILY}_{task}" for task in BABI_TASKS))
+BABILONG = (NAME, *(f"{NAME}_{task}" for task in BABI_TASKS))
 RULER_OFFICIAL = tuple(f"ruler_{name}" for name in RULER)
 OWN = (*TRAINED, *RULER, *BABILONG, "perplexity", "context")
 
