@@ -434,13 +434,15 @@ def test_answers_of_nobody_are_refused(llama, tmp_path):
 # By lm-eval's name
 
 
-def test_lm_eval_finds_the_model_by_its_name(llama, tokenizer, data, tmp_path, monkeypatch):
+def test_lm_eval_finds_the_model_by_its_name(llama, tokenizer, data, manager, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
     llama.model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     [(tasks, _)] = harness_load.load_tasks("piqa", data)
     given = {"pretrained": str(tmp_path / "model"), "answers": str(tmp_path / "answers.jsonl")}
-    found = lm_eval.simple_evaluate("everlong", given, [*tasks.values()], batch_size=1, device="cpu")
+    found = lm_eval.simple_evaluate(
+        "everlong", given, [*tasks.values()], batch_size=1, device="cpu", task_manager=manager
+    )
     [task] = harness_tasks(["piqa"], data_dir=data)
     [whole] = task.cells(llama, None, first(task, llama, 100))
     assert found["results"]["piqa"]["acc,none"] == whole.main.value

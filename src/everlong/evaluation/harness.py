@@ -284,7 +284,7 @@ def _continuations(
         cache = subject.read(torch.tensor([prefix]), 1)[1] if prefix else None
         for batch in batches(contexts, len, fits):
             start = None if cache is None else subject.select(cache, [0] * len(batch))
-            rest = torch.tensor([context[len(prefix) :] for context in batch])
-            texts = subject.generate(rest, new_tokens, stop, start)
+            rows = torch.tensor([context[len(prefix) :] for context in batch])
+            texts = subject.generate(rows, new_tokens, stop, start)
             for context, text in zip(batch, texts, strict=True):
                 yield from ((i, text) for i in places[context])
