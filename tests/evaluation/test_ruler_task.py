@@ -173,7 +173,7 @@ def facts(text, wanted, pattern):
     return {
         "needles": min(len(pairs), 10),
         "keys": min(len({key for key, _ in pairs}), 10),
-        "words of a key": {len(key.split("-")) for key, _ in pairs},
+        "keys of words": {bool(re.fullmatch(r"[a-z]+(-[a-z.']+)+", key)) for key, _ in pairs},
         "forms of values": {form(value) for _, value in pairs},
         "uuids": {(uuid(key), uuid(value)) for key, value in pairs},
         "asked": len(asked),

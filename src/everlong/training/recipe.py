@@ -4,8 +4,8 @@ model:     `type` (a model type of transformers, such as titans) or `preset` (ti
            of its configuration, and if wanted `parameters`, how many it shall have
            (`everlong.models.model_config`). Or `path`, a model to go on from: a folder or hub id.
            With `type: lm2` or `type: rmt` the model there gets that memory.
-data:      `task` (needle, babi or text) and fields of its configuration: NeedleConfig, BabiConfig or
-           TextConfig
+data:      `task` (needle, babi, babilong, ruler or text) and fields of its configuration: NeedleConfig,
+           BabiConfig, BabilongConfig, RulerConfig or TextConfig
 training:  fields of transformers.TrainingArguments
 evaluation, guards: see Evaluation and Guards
 seed, output_dir, name: see Recipe
