@@ -271,9 +271,12 @@ def questions():
     pairs = []
     for start in (shared, shared, shared, draw(9), draw(70)):
         context = [*start, *draw(rng.choice([5, 5, 8]))]
-        pairs += [(context, draw(count)) for count in (1, 4, 7, 1)]
+        pairs += [(context, draw(count)) for count in (1, 4, 7, 1, 9, 10)]
     pairs += [([*shared, *draw(3)], draw(3)), (draw(1), draw(1)), (draw(6), draw(2)), pairs[1]]
     pairs += [(pairs[-2][0], draw(1)), ([*draw(12)], draw(1))]
+    # Side by side, with pads.
+    pairs += [(draw(20 + count), draw(count)) for count in (1, 2, 3)]
+    pairs += [(draw(26 - count), draw(count)) for count in (1, 2, 3)]
     rng.shuffle(pairs)
     return pairs
 

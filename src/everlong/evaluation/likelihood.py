@@ -75,7 +75,7 @@ def shared_prefixes(contexts: Iterable[Tokens]) -> Iterator[tuple[Tokens, list[T
     for context in sorted(contexts):
         if family:
             common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(family[-1], context)))  # noqa: B905
-            common = min(common, shared, len(context) - 1)
+            common = min(common, shared)  # never all of it: what begins another comes before it
             if common >= SHARED and (len(family) == 1 or 2 * common >= shared):
                 family.append(context)
                 shared = common
