@@ -140,6 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--babilong", metavar="FOLDER", help="its published samples, instead of simulated ones"
     )
+    evaluate.add_argument(
+        "--chat_template", action="store_true", help="put niah's prompts as a user's message"
+    )
     evaluate.add_argument("--data_dir", metavar="DIR", help="local data sets of lm-eval's tasks")
     evaluate.add_argument("--num_fewshot", type=int, help="examples in lm-eval's tasks (lm-eval's own)")
     evaluate.add_argument(
@@ -348,6 +351,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         stories=options.stories,
         setting=options.setting,
         babilong=options.babilong,
+        chat_template=options.chat_template,
         data_dir=options.data_dir,
         num_fewshot=options.num_fewshot,
     )

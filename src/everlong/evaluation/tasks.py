@@ -27,8 +27,8 @@ class TaskOptions:
     """What tasks are told besides their names.
 
     seed: of the samples. source: a text, as for `load_text`. stories: a folder of bAbI's files, for
-    babi. setting, babilong: of `BabilongTask` (babilong is its `published`). data_dir, num_fewshot: of
-    lm-eval's tasks, see `harness_tasks`.
+    babi. setting, babilong: of `BabilongTask` (babilong is its `published`). chat_template: niah's
+    prompts are put as a user's message. data_dir, num_fewshot: of lm-eval's tasks, see `harness_tasks`.
     """
 
     seed: int = 0
@@ -36,6 +36,7 @@ class TaskOptions:
     stories: str | None = None
     setting: str = "auto"
     babilong: str | None = None
+    chat_template: bool = False
     data_dir: str | Path | None = None
     num_fewshot: int | None = None
 
@@ -68,7 +69,12 @@ def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[
             published=options.babilong,
         )
     if name in (*RULER, *RULER_OFFICIAL):
-        return ruler_tasks([name], seed=options.seed, source=options.source)
+        return ruler_tasks(
+            [name],
+            seed=options.seed,
+            source=options.source,
+            chat_template=options.chat_template,
+        )
     if name == "perplexity":
         return [PerplexityTask(options.source, lengths)]
     if name == "context":
