@@ -268,6 +268,7 @@ def test_few_and_many_models_and_lengths(asked, tmp_path):
     write_html(results, tmp_path / "report.html", drawn=drawn[:2])
     names = [picture.name for picture in drawn]
     assert len(names) == len(set(names))
+    assert {picture.of for picture in drawn if picture.name.startswith("scores")} == {""}  # of all
 
 
 def test_nothing_at_all(tmp_path):

@@ -112,7 +112,7 @@ def pictures(results: Results) -> Iterator[Picture]:
             yield from _family_mean(results, chapter.name)
             yield from _family_grids(results, chapter.name)
         elif chapter.tasks[0].axis is None:
-            yield from _plain_bars(results, chapter.name or chapter.tasks[0].name)
+            yield from _plain_bars(results, chapter.name)
         for task in chapter.tasks:
             if task.axis == "length":
                 yield from _by_length(results, task)
