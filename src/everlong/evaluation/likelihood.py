@@ -65,29 +65,30 @@ def log_likelihoods(
 
 
 def shared_prefixes(contexts: Iterable[Tokens]) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """Contexts that begin with the same `SHARED` tokens or more, with what they share.
+    """Contexts that begin with the same `SHARED` tokens or more, with what they share; and all that
+    share nothing, with nothing.
 
-    At least one token of each is left. One that shares nothing comes alone, with nothing. A context
-    that shares much less than those before it begins a family of its own.
+    At least one token of each is left. A context that shares much less than those before it begins a
+    family of its own.
     """
+    alone: list[Tokens] = []
     family: list[Tokens] = []
     shared = 0
-    for context in sorted(contexts):
-        if family:
-            common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(family[-1], context)))  # noqa: B905
-            common = min(common, shared)  # never all of it: what begins another comes before it
-            if common >= SHARED and (len(family) == 1 or 2 * common >= shared):
-                family.append(context)
-                shared = common
-                continue
-            yield _prefix(family, shared)
+    for context in [*sorted(contexts), ()]:
+        # Never all of a context: what begins another comes before it.
+        same = takewhile(lambda two: two[0] == two[1], zip(family[-1] if family else (), context))  # noqa: B905
+        common = min(sum(1 for _ in same), shared)
+        if common >= SHARED and (len(family) == 1 or 2 * common >= shared):
+            family.append(context)
+            shared = common
+            continue
+        if len(family) > 1:
+            yield family[0][:shared], family
+        else:
+            alone += family
         family, shared = [context], len(context) - 1
-    if family:
-        yield _prefix(family, shared)
-
-
-def _prefix(family: list[Tokens], shared: int) -> tuple[Tokens, list[Tokens]]:
-    return (family[0][:shared] if len(family) > 1 else ()), family
+    if alone:
+        yield (), alone
 
 
 def batches(
