@@ -11,6 +11,10 @@ from typing import Any
 from .harness_data import load_local
 
 
+class UnknownTask(ValueError):
+    """lm-eval has no task of that name, or is not there to have one."""
+
+
 def load_tasks(
     name: str, data_dir: str | Path | None = None
 ) -> list[tuple[dict[str, Any], Any | None]]:
@@ -21,7 +25,7 @@ def load_tasks(
     manager = _manager()
     if name not in manager.task_index:
         near = ", ".join(manager.match_tasks([f"*{name}*"])[:5])
-        raise ValueError(
+        raise UnknownTask(
             f"lm-eval knows no task {name!r}: `lm-eval ls tasks` lists them"
             + (f"; among them are {near}" if near else "")
         )
@@ -51,7 +55,7 @@ def _manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(
+        raise UnknownTask(
             "this task is lm-eval's, which is not installed: pip install 'everlong[eval]'"
         ) from error
     return TaskManager()

@@ -9,6 +9,7 @@ from pathlib import Path
 from everlong.data.babilong import TASKS as BABI_TASKS
 
 from .babilong import NAME, babilong_tasks
+from .harness_load import UnknownTask
 from .harness_tasks import harness_tasks
 from .haystack import HaystackTask
 from .perplexity import ContextTask, PerplexityTask
@@ -81,5 +82,5 @@ def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[
         return [ContextTask(options.source, lengths)]
     try:
         return harness_tasks([name], data_dir=options.data_dir, num_fewshot=options.num_fewshot)
-    except ValueError as error:
+    except UnknownTask as error:
         raise ValueError(f"{name!r} is none of everlong's tasks ({', '.join(OWN)}); {error}") from error
