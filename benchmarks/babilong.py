@@ -4,8 +4,8 @@
 
 - 50 samples of each task and length up to 16K tokens, 20 above, held-out stories in held-out plays; the
   same ones for all models.
-- What is there is not done again: trainings, and samples. Several of these may run side by side, each with
-  another recipe; a last one with all of them puts the report together.
+- What is there is not done again: trainings, and samples. Several of these may run side by side, each
+  with another recipe; a last one with all of them puts the report together.
 - Full attention takes time that grows with the square of a length: --longest babilong-llama=16k leaves
   longer ones out for a model, and its row has dashes there.
 """
