@@ -117,5 +117,7 @@ def test_lengths_that_cannot_be_asked_are_refused(text_folder):
         asked.check(subject(Reader()), 300)
     with pytest.raises(ValueError, match="takes 500 tokens at most, asked are 1,000"):
         asked.check(subject(Reader(), longest=500), 1000)
+    with pytest.raises(ValueError, match="babilong_qa1 reads whole texts, not the 2 passages"):
+        asked.check(subject(Reader(), passages=2), 4096)
     with pytest.raises(ValueError, match="setting is auto, trained or few-shot, got 'none'"):
         BabilongTask("qa1", setting="none")

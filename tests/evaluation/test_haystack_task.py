@@ -115,6 +115,8 @@ def test_lengths_that_cannot_be_asked_are_refused(task):
     task.check(subject(Reader(), longest=500, passages=2), 1000)
     with pytest.raises(ValueError, match="length 60 is too short"):
         task.check(subject(Reader()), 60)
+    with pytest.raises(ValueError, match="needle stands in a text: ask for lengths above 0"):
+        task.check(subject(Reader()), 0)
 
 
 def test_a_tokenizer_of_words_is_refused(task):

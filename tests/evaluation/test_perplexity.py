@@ -8,7 +8,8 @@ import torch
 from oracles import Reader, subject
 from transformers import AutoModelForCausalLM
 
-from everlong.data import train_tokenizer
+from everlong.data import TextConfig, byte_tokenizer, train_tokenizer
+from everlong.data.language import _Reader
 from everlong.evaluation.perplexity import TARGET, ContextTask, PerplexityTask, _stretches
 from everlong.models import model_config
 
@@ -41,6 +42,8 @@ def cell(task, model, length, count):
 
 def test_stretches_double_up_to_the_length():
     assert _stretches(300) == [(1, 64), (64, 128), (128, 256), (256, 300)]
+    assert _stretches(64) == [(1, 64)]
+    assert _stretches(32) == [(1, 32)]
 
 
 def test_a_model_that_learns_a_period_pays_less_behind_it(source):
@@ -90,6 +93,22 @@ def test_what_a_recipe_holds_out_is_read(source, tmp_path):
     assert len(PerplexityTask(None, [64]).documents(model).tokens) == 1
 
 
+def test_of_a_streamed_text_just_what_training_left_out_is_read(tmp_path):
+    """Streaming holds out each so many-th document, keeping a text others: no document of either split
+    may be read as held out that the model was trained on."""
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02} " * 40)
+    data = {"source": str(tmp_path), "streaming": True, "held_out": 0.2, "length": 100}
+    trained = _Reader(TextConfig(**data), byte_tokenizer())(0)
+    known = {bytes(document[:2].tolist()) for document in trained}
+    model = subject(Reader(), {"data": {"task": "text", **data}})
+    read = PerplexityTask(None, [100]).documents(model).tokens
+    assert len(known) == 16
+    assert len(read) == 4
+    assert not known & {bytes(document[:2].tolist()) for document in read}
+    assert {len(document) for document in read} == {120}
+
+
 def test_what_cannot_be_read_is_refused(source):
     with pytest.raises(
         ValueError, match="needs a document of 9,000 tokens, but the longest one has 3,000"
@@ -99,3 +118,13 @@ def test_what_cannot_be_read_is_refused(source):
         PerplexityTask(source, [1000]).check(subject(Reader(), longest=500), None)
     with pytest.raises(ValueError, match=f"context scores {TARGET} tokens: ask for lengths beyond"):
         ContextTask(source, [256, 512]).check(subject(Reader()), 256)
+    for length in (0, 1):
+        with pytest.raises(ValueError, match=f"got {length}: ask for 2 tokens or more"):
+            PerplexityTask(source, [length]).check(subject(Reader()), None)
+
+
+@pytest.mark.parametrize("task", [PerplexityTask, ContextTask])
+def test_passages_are_refused_where_the_whole_text_would_be_read(task, source):
+    """Its numbers would be told as those of a model with retrieval, and its length was not looked at."""
+    with pytest.raises(ValueError, match="reads whole texts, not the 2 passages that fit best"):
+        task(source, [512]).check(subject(Reader(), passages=2), 512)

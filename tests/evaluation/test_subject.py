@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import Reader, saying, subject
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
 
 from everlong.models import model_config
 
@@ -47,6 +47,19 @@ def test_pieces_give_what_one_call_gives(reader):
         whole[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
     )
     torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_losses_need_a_position_less_than_there_are_tokens():
+    """lm-eval's windows foretell as many tokens as the model has positions."""
+    fields = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 100}
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, **fields)).eval()
+    ids = torch.randint(256, (2, 101))
+    for piece in (64, 100, 1024):
+        losses, _ = subject(model, piece=piece).losses(ids)
+        with torch.inference_mode():
+            logits = model(input_ids=ids[:, :-1]).logits
+        wanted = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copied_cache_goes_on_from_where_it_was(reader):

@@ -23,7 +23,7 @@ import yaml
 from everlong.data import BabilongConfig
 from everlong.data.babilong import TASKS, BabilongDataset
 
-from .haystack import check_length
+from .haystack import check_length, check_whole
 from .results import Metric, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
@@ -112,6 +112,7 @@ class BabilongTask(Task):
 
     def check(self, subject: Subject, length: int | None) -> None:
         """Refuse lengths that the model or the task cannot take, and tokenizers that lose words."""
+        check_whole(subject, self.info.name)
         check_length(subject, length)
         self.ask(subject, length or 0, 0)
 

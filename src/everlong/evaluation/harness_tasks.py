@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness_load import load_tasks, set_fewshot
+from .haystack import check_whole
 from .results import Cell, Estimate, Metric, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
@@ -164,6 +165,10 @@ class HarnessTask(Task):
             _check_kind(leaf)
             set_fewshot(leaf.task, num_fewshot)
         self.info = self._info(family)
+
+    def check(self, subject: Subject, length: int | None) -> None:
+        """Refuse passages; whether the model can be asked each document `count` sees."""
+        check_whole(subject, self.info.name)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
         """The first `samples` documents of each of lm-eval's tasks.

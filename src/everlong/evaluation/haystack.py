@@ -68,6 +68,8 @@ class HaystackTask(Task):
                 f"{subject.info.path} has a tokenizer whose ids are not bytes: {self.info.name} is "
                 "scored on bytes (niah and babilong take any tokenizer)"
             )
+        if not length:
+            raise ValueError(f"{self.info.name} stands in a text: ask for lengths above 0")
         check_length(subject, length, "or read passages alone (--passages)")
         self.dataset(subject, 1).sample(0, length)
 
@@ -134,6 +136,15 @@ def check_length(subject: Subject, length: int | None, instead: str = "") -> Non
         raise ValueError(
             f"{subject.info.path} takes {limit:,} tokens at most, asked are {length:,}: leave longer "
             f"lengths out{', ' if instead else ''}{instead}"
+        )
+
+
+def check_whole(subject: Subject, task: str) -> None:
+    """Refuse passages for a task that would read the whole text all the same."""
+    if subject.passages:
+        raise ValueError(
+            f"{task} reads whole texts, not the {subject.passages} passages that fit best: leave "
+            "--passages off, or ask for needle, babi or niah"
         )
 
 

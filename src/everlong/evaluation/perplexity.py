@@ -22,7 +22,7 @@ from everlong.data.language import split_documents
 from everlong.data.reading import Piece
 from everlong.data.tokenizer import BYTES, encode_bytes
 
-from .haystack import check_length
+from .haystack import check_length, check_whole
 from .results import Cell, Estimate, Metric, Point, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
@@ -93,6 +93,12 @@ class PerplexityTask(_OnDocuments):
 
     def check(self, subject: Subject, length: int | None) -> None:
         """Refuse a length that the model or the documents do not have."""
+        check_whole(subject, self.info.name)
+        if self.longest < 2:
+            raise ValueError(
+                f"perplexity reads documents to the longest length, got {self.longest}: ask for 2 tokens "
+                "or more"
+            )
         check_length(subject, self.longest)
         self.require(subject, self.longest)
 
@@ -171,6 +177,7 @@ class ContextTask(_OnDocuments):
     def check(self, subject: Subject, length: int | None) -> None:
         """Refuse a length that is no longer than what is scored, or that model or documents lack."""
         assert length is not None
+        check_whole(subject, self.info.name)
         if length <= TARGET:
             raise ValueError(f"context scores {TARGET} tokens: ask for lengths beyond that")
         check_length(subject, length)
@@ -209,8 +216,8 @@ class ContextTask(_OnDocuments):
 
 
 def _stretches(length: int) -> list[tuple[int, int]]:
-    """Positions 1 ... length - 1 in stretches that double: [1, 64), [64, 128), [128, 256), ..."""
-    ends = [1, FIRST]
+    """Positions 1 ... length - 1 (1 < length) in stretches that double: [1, 64), [64, 128), ..."""
+    ends = [1, min(FIRST, length)]
     while ends[-1] < length:
         ends.append(min(2 * ends[-1], length))
     return list(itertools.pairwise(ends))
@@ -224,6 +231,10 @@ def _documents(subject: Subject, source: str | None) -> Documents:
     if source is None and data.get("task") == "text":
         config = TextConfig(**data)
         own = config.build_tokenizer()
+        if config.streaming:  # which holds out other documents than a text that is kept
+            text = config._held_out_of_stream(own)
+            end = int(own.eos_token_id is not None)
+            return Documents([np.asarray(text.tokens[a : b - end]) for a, b in text.spans.tolist()], sizes)
         train, *validation = config._corpora(None if config.tokenizer == BYTES else own)
         corpus = validation[0] if validation else train
         spans = corpus.spans() if validation else split_documents(train, config.held_out, own)[1]

@@ -88,18 +88,17 @@ class Subject:
     @torch.inference_mode()
     def losses(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The negative log-likelihood (nats, float32) of each of ids [B, T] but the first, given those
-        before it: [B, T - 1], on the CPU; and the cache. Logits are held for one piece at a time."""
+        before it: [B, T - 1] (1 < T), on the CPU; and the cache, which the last token is not in: a model
+        of T - 1 positions takes them. Logits are held for one piece at a time."""
         losses = []
-        for start in range(0, ids.shape[1], self.piece):
+        for start in range(0, ids.shape[1] - 1, self.piece):
             part = ids[:, start : start + self.piece + 1].to(self.model.device, torch.long)
-            read = part[:, : self.piece]
+            read, wanted = part[:, :-1], part[:, 1:]
             outputs = self.model(input_ids=read, use_cache=True, **{self.cache_name: cache})
             cache = getattr(outputs, self.cache_name)
-            wanted = part[:, 1:]
-            logits = outputs.logits[:, : wanted.shape[1]].float()
             losses.append(
                 torch.nn.functional.cross_entropy(
-                    logits.transpose(1, 2), wanted, reduction="none"
+                    outputs.logits.float().transpose(1, 2), wanted, reduction="none"
                 ).cpu()
             )
             self.on_tokens(read.numel())
