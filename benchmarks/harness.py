@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     options = parser.parse_args()
     subject = load_subject(options.model, tokens_per_forward=4096)
+    options.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known first
     items = options.items or (20 if options.mmlu else 500)
     if options.mmlu:
         name, found = "mmlu", mmlu(subject, options, items)
