@@ -21,7 +21,7 @@ from everlong.evaluation import (
     parse_length,
 )
 from everlong.evaluation.haystack import HaystackTask
-from everlong.evaluation.loading import load_model
+from everlong.evaluation.loading import fingerprint, load_model
 from everlong.evaluation.store import Samples
 from everlong.models import model_config
 
@@ -99,6 +99,38 @@ def test_another_model_in_the_folder_is_asked_anew(model, tasks, tmp_path):
     evaluate([model], tasks, [128], 3, out)
     evaluate([model], tasks, [128], 4, out)  # its needles stand elsewhere
     assert len(list((out / "samples" / "model").glob("*.jsonl"))) == 3
+
+
+@pytest.mark.parametrize("name", ["needle", "babilong_qa1", "niah_single_2", "perplexity", "context"])
+def test_samples_of_another_text_are_not_taken_for_those_asked(model, name, tmp_path, text_folder):
+    """The folder's name is the same, the text in it another: what was scored on the old one is no
+    answer. The unchanged text is not read again."""
+    save(model, max_position_embeddings=1024)
+    source, out = text_folder, tmp_path / "out"
+    length = {"perplexity": 200, "context": 300}.get(name, 900)
+
+    def files():
+        tasks = build_tasks([name], [length], TaskOptions(source=str(source), setting="trained"))
+        evaluate([model], tasks, [length], 2, out)
+        return {(path, path.stat().st_mtime_ns) for path in (out / "samples" / "model").glob("*.jsonl")}
+
+    first = files()
+    assert files() == first
+    for path in source.glob("*.txt"):
+        path.write_text(path.read_text().replace("e", "E"))
+    assert first < files()
+
+
+def test_a_model_is_known_by_all_that_its_answers_depend_on(model):
+    """How its tokenizer begins a text and writes a chat, and which tokens end an answer."""
+    seen = {fingerprint(model)}
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        with (model / name).open("a") as file:
+            file.write(" ")
+        seen.add(fingerprint(model))
+    assert len(seen) == 4
+    (model / "notes.txt").write_text("not of the model")
+    assert fingerprint(model) in seen
 
 
 def test_everything_that_cannot_be_asked_is_said_before_any_work(model, tmp_path, text_folder):

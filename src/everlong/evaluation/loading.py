@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last bytes are hashed
-MODEL_FILES = ("*.safetensors", "*.gguf", "*.bin", "config.json", "tokenizer.json")
+MODEL_FILES = ("*.safetensors", "*.gguf", "*.bin", "config.json", "generation_config.json")
+TOKENIZER_FILES = (  # what begins and ends a text, how a chat is written; of slow ones the words
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+)
 
 
 def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -102,7 +112,8 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 def fingerprint(folder: str | Path) -> str:
     """A hash of the weights, the configuration and the tokenizer in a folder; of a hub id, its name."""
     hashed = hashlib.blake2b(digest_size=16)
-    paths = sorted(path for pattern in MODEL_FILES for path in Path(folder).glob(pattern))
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
     if not paths:
         hashed.update(str(folder).encode())
     for path in paths:
