@@ -80,7 +80,8 @@ def test_few_shot_prompts_are_those_of_lm_eval(text_folder):
         ("qa8", "What is Mary carrying?", "apple,milk", "milk and apple", True),
         ("qa8", "What is Mary carrying?", "apple,milk", "milk", False),
         ("qa8", "What is Mary carrying?", "milk", "milk and apple", False),
-        ("qa1", "Where is Mary?", "kitchen", "kitchen question: where? garden", True),
+        ("qa1", "Where is Mary?", "kitchen", "kitchen <example> garden", True),
+        ("qa1", "Where is Mary?", "kitchen", "kitchen Question: where? garden", False),
         ("qa1", "Where is Mary?", "kitchen", "", False),
     ],
 )

@@ -251,7 +251,7 @@ class BabilongTask(Task):
 def official_score(task: str, question: str, wanted: str, answer: str) -> bool:
     """Whether an answer is right by BABILong's own rule."""
     first = answer.lower().split(".")[0]
-    for mark in ("<context>", "<example>", "question"):
+    for mark in ("<context>", "<example>"):  # its third, "Question", is looked for in small letters
         first = first.split(mark)[0]
     labels = {label.lower() for label in LABELS[task]}
     given = {label for label in labels if label in first and label not in question.lower()}
