@@ -8,6 +8,7 @@ from oracles import Reader, subject
 
 from everlong.data import train_tokenizer
 from everlong.data.babi_solver import answer
+from everlong.evaluation import babilong
 from everlong.evaluation.babilong import BabilongTask, few_shot, official_score
 
 FACT = re.compile(r"(Mary|John|Daniel|Sandra|Fred|Jeff|Bill|The \w+ is \w+ of) ")
@@ -79,7 +80,8 @@ def test_few_shot_prompts_are_those_of_lm_eval(text_folder):
         ("qa8", "What is Mary carrying?", "apple,milk", "milk and apple", True),
         ("qa8", "What is Mary carrying?", "apple,milk", "milk", False),
         ("qa8", "What is Mary carrying?", "milk", "milk and apple", False),
-        ("qa1", "Where is Mary?", "kitchen", "kitchen question: where? garden", True),
+        ("qa1", "Where is Mary?", "kitchen", "kitchen <example> garden", True),
+        ("qa1", "Where is Mary?", "kitchen", "kitchen Question: where? garden", False),
         ("qa1", "Where is Mary?", "kitchen", "", False),
     ],
 )
@@ -103,6 +105,13 @@ def test_published_samples_come_from_a_local_copy(tmp_path):
     model = subject(Reader(reader_of("qa1")))
     assert asked.count(model, 1024, 100) == 2
     assert [r["scores"]["official"] for r in asked.run(model, 1024, [0, 1], 2)] == [1.0, 1.0]
+    known = asked.fingerprint(model, 1024, 2)
+    babilong._published.cache_clear()
+    assert asked.fingerprint(model, 1024, 2) == known
+    rows[0]["target"] = "kitchen"
+    datasets.Dataset.from_list(rows).to_parquet(folder / "1k" / "qa1.parquet")
+    babilong._published.cache_clear()
+    assert asked.fingerprint(model, 1024, 2) != known
     with pytest.raises(ValueError, match=r"takes 20 at most: leave 1,024 out"):
         asked.ask(subject(Reader(), longest=20), 1024, 0)
     with pytest.raises(ValueError, match="hf download RMT-team/babilong-1k-samples"):

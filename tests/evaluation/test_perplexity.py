@@ -125,6 +125,6 @@ def test_what_cannot_be_read_is_refused(source):
 
 @pytest.mark.parametrize("task", [PerplexityTask, ContextTask])
 def test_passages_are_refused_where_the_whole_text_would_be_read(task, source):
-    """Its numbers would be told as those of a model with retrieval, and its length was not looked at."""
+    """Its numbers would be told as those of a model with retrieval, of lengths that nobody checked."""
     with pytest.raises(ValueError, match="reads whole texts, not the 2 passages that fit best"):
         task(source, [512]).check(subject(Reader(), passages=2), 512)

@@ -22,6 +22,8 @@ import yaml
 
 from everlong.data import BabilongConfig
 from everlong.data.babilong import TASKS, BabilongDataset
+from everlong.data.config import digest
+from everlong.data.corpus import cache_home
 
 from .haystack import check_length, check_whole
 from .results import Metric, TaskInfo
@@ -121,6 +123,17 @@ class BabilongTask(Task):
         if self.published is None:
             return samples
         return min(samples, len(_published(self.published, self.task, length or 0)))
+
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """Of the text and the stories, or the published samples, and of what stands around them."""
+        around = f"{self.around(subject, '?')} {self.answer_limits(subject)}"
+        if self.published is not None:
+            rows = _published(self.published, self.task, length or 0)
+            told = " ".join(digest(f"{rows[index]}".encode()) for index in range(count))
+        else:
+            config = self.dataset(subject).config
+            told = f"{config} {config.fingerprint()}"
+        return digest(f"{around} {told}".encode())
 
     def trained(self, subject: Subject) -> bool:
         """Whether the model is asked as it was trained."""
@@ -238,7 +251,7 @@ class BabilongTask(Task):
 def official_score(task: str, question: str, wanted: str, answer: str) -> bool:
     """Whether an answer is right by BABILong's own rule."""
     first = answer.lower().split(".")[0]
-    for mark in ("<context>", "<example>", "question"):
+    for mark in ("<context>", "<example>"):  # its third, "Question", is looked for in small letters
         first = first.split(mark)[0]
     labels = {label.lower() for label in LABELS[task]}
     given = {label for label in labels if label in first and label not in question.lower()}
@@ -293,7 +306,7 @@ def _published(where: str, task: str, length: int) -> Any:
     if length % 1024:
         raise ValueError(f"the published samples have lengths of 1k, 2k and so on, not {length}")
     try:
-        return datasets.load_dataset(where, name=name, split=task)
+        return datasets.load_dataset(where, name=name, split=task, cache_dir=_rows_folder(where))
     except Exception as error:  # no network, no such folder, no such configuration: many kinds
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -301,6 +314,16 @@ def _published(where: str, task: str, length: int) -> Any:
             f"out of reach, download the data set {HUB} elsewhere (`hf download {HUB} --repo-type "
             "dataset --local-dir FOLDER`), copy the folder here and give --babilong FOLDER"
         ) from error
+
+
+def _rows_folder(where: str) -> str | None:
+    """Where `datasets` keeps the rows of a folder: by its own choice it gives the old ones when a file
+    of the folder has changed."""
+    if not Path(where).is_dir():
+        return None
+    files = sorted(path for path in Path(where).rglob("*") if path.is_file())
+    told = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return str(cache_home() / "datasets" / digest(repr(told).encode()))
 
 
 def _asked(around: Prompt, text: np.ndarray, question: str, wanted: str, depth: float | None) -> Asked:

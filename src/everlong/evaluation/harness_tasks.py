@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from everlong.data.config import digest
+
 from .harness_load import load_tasks, set_fewshot
 from .haystack import check_whole
 from .results import Cell, Estimate, Metric, TaskInfo
@@ -177,6 +179,17 @@ class HarnessTask(Task):
         """
         self._check_documents(subject, samples)
         return sum(min(samples, leaf.documents) for leaf in self.leaves)
+
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """Of the documents and their prompts."""
+        told = []
+        places = self._places(count)
+        for number, leaf in enumerate(self.leaves):
+            leaf.prepare(sum(1 for each, _ in places if each == number))
+        for number, document in places:
+            asked = self.leaves[number].requests[document]
+            told.append(f"{asked[0].doc!r} {asked[0].args!r}")
+        return digest("\0".join(told).encode())
 
     def cost(self, subject: Subject, length: int | None) -> int:
         """Tokens of a document, by the first few."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everlong.data import HAYSTACKS, HaystackConfig, HaystackDataset
+from everlong.data.config import digest
 from everlong.data.haystack import IGNORE
 
 from .results import Cell, Estimate, Metric, TaskInfo
@@ -89,6 +90,11 @@ class HaystackTask(Task):
         if key not in self.data:
             self.data = {key: self.config(subject).datasets(samples, self.seed)[1]}
         return self.data[key]
+
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """Of the words, the text and the stories."""
+        config = self.config(subject)
+        return digest(f"{config} {config.fingerprint()}".encode())
 
     def run(
         self, subject: Subject, length: int | None, indices: Sequence[int], count: int

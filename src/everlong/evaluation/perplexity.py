@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from everlong.data import TextConfig, load_text, split
+from everlong.data.config import digest
 from everlong.data.corpus import encode_pieces, token_bytes
 from everlong.data.language import split_documents
 from everlong.data.reading import Piece
@@ -74,6 +75,12 @@ class _OnDocuments(Task):
             )
         return found
 
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """Of the documents that are read."""
+        documents = self.require(subject, self.longest)[:count]
+        texts = [each[: self.longest].astype(np.int32).tobytes() for each in documents]
+        return digest(b"".join(texts))
+
 
 class PerplexityTask(_OnDocuments):
     """Documents read once, to the longest of the asked lengths; losses by position."""
@@ -96,8 +103,8 @@ class PerplexityTask(_OnDocuments):
         check_whole(subject, self.info.name)
         if self.longest < 2:
             raise ValueError(
-                f"perplexity reads documents to the longest length, got {self.longest}: ask for 2 tokens "
-                "or more"
+                "perplexity reads documents to the longest length, "
+                f"got {self.longest}: ask for 2 tokens or more"
             )
         check_length(subject, self.longest)
         self.require(subject, self.longest)
@@ -234,7 +241,8 @@ def _documents(subject: Subject, source: str | None) -> Documents:
         if config.streaming:  # which holds out other documents than a text that is kept
             text = config._held_out_of_stream(own)
             end = int(own.eos_token_id is not None)
-            return Documents([np.asarray(text.tokens[a : b - end]) for a, b in text.spans.tolist()], sizes)
+            ids = [np.asarray(text.tokens[a : b - end]) for a, b in text.spans.tolist()]
+            return Documents(ids, sizes)
         train, *validation = config._corpora(None if config.tokenizer == BYTES else own)
         corpus = validation[0] if validation else train
         spans = corpus.spans() if validation else split_documents(train, config.held_out, own)[1]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from everlong.data import load_text, split
+from everlong.data.config import digest
 from everlong.data.haystack import TEST_SEED
 from everlong.data.ruler import GOLDEN, KINDS, NEW_TOKENS, Needles, RulerSample, string_match_all
 
@@ -127,6 +128,12 @@ class RulerTask(NiahTask):
                 f"{length:,} tokens are too few for {self.kind} in the tokenizer of "
                 f"{subject.info.path}: the shortest is {shortest:,}, with {NEW_TOKENS} to answer in"
             )
+
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """Of the prose, and what stands around a prompt."""
+        needles = self.needles(subject)
+        prose = b"\0".join(document.text for document in needles.documents)
+        return digest(prose + f"{needles.coder.opening} {needles.coder.after}".encode())
 
     def needles(self, subject: Subject) -> Needles:
         """What makes samples in the model's tokens; it is made once."""

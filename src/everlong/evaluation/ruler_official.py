@@ -66,6 +66,11 @@ class OfficialRulerTask(NiahTask):
         if length <= TRIED:
             self.written(subject, length, 1)
 
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """The package's version, and what stands around a prompt."""
+        coder = Coder(subject.tokenizer, self.chat_template)
+        return f"{package_version()} {coder.opening} {coder.after}"
+
     def samples(
         self, subject: Subject, length: int, indices: Sequence[int], count: int
     ) -> Iterator[tuple[int, RulerSample]]:

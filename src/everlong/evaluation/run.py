@@ -91,7 +91,7 @@ class _Job:
     def store(self, subject: Subject, folder: Path, rank: int) -> Samples:
         """Where its samples are kept: by all that they depend on."""
         key = [FORMAT, subject.info.fingerprint, subject.passages, self.task.info.settings]
-        key += [self.length, self.count]
+        key += [self.length, self.count, self.task.fingerprint(subject, self.length, self.count)]
         hashed = digest(json.dumps(key, sort_keys=True).encode())[:10]
         length = "" if self.length is None else f"-{self.length}"
         model = re.sub(r"[^\w.-]+", "_", subject.info.label)

@@ -88,8 +88,8 @@ class Subject:
     @torch.inference_mode()
     def losses(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """The negative log-likelihood (nats, float32) of each of ids [B, T] but the first, given those
-        before it: [B, T - 1] (1 < T), on the CPU; and the cache, which the last token is not in: a model
-        of T - 1 positions takes them. Logits are held for one piece at a time."""
+        before it: [B, T - 1] (1 < T), on the CPU; and the cache, which the last token is not in: a
+        model of T - 1 positions takes them. Logits are held for one piece at a time."""
         losses = []
         for start in range(0, ids.shape[1] - 1, self.piece):
             part = ids[:, start : start + self.piece + 1].to(self.model.device, torch.long)

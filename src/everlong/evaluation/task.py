@@ -39,6 +39,11 @@ class Task(ABC):
         """Tokens of a sample, about: what a progress bar counts by."""
         return length or 1000
 
+    def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
+        """A hash of what `count` samples are made of besides `info.settings`, such as the text: samples
+        that were scored on something else are not taken for those asked for."""
+        return ""
+
     @abstractmethod
     def run(
         self, subject: Subject, length: int | None, indices: Sequence[int], count: int
