@@ -5,6 +5,8 @@ import re
 import datasets
 import pytest
 from oracles import Reader, subject
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from everlong.data import train_tokenizer
 from everlong.data.babi_solver import answer
@@ -53,6 +55,37 @@ def test_each_prompt_has_the_length_asked_for_in_any_tokenizer(text_folder):
     prompts = [asked.ask(model, 3000, i).prompt for i in range(5)]
     assert {len(prompt) for prompt in prompts} == {3000 - 16}
     assert len({prompt.tobytes() for prompt in prompts}) == 5
+
+
+def with_blank_before(texts):
+    """As SentencePiece has it: a blank is put before whatever is given."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("setting", ["trained", "few-shot"])
+def test_sentences_are_one_blank_apart_in_any_tokenizer(setting, text_folder):
+    letters = "".join(map(chr, [*range(32, 127), 10]))
+    tokenizer = with_blank_before(
+        [letters, *(each.read_text() for each in text_folder.iterdir()), *few_shot("qa1", "Where?")]
+    )
+    asked = BabilongTask("qa1", source=str(text_folder), setting=setting)
+    model = subject(Reader(), tokenizer=tokenizer)
+    asked.check(model, 3000)
+    text = model.decode(asked.ask(model, 3000, 0).prompt.tolist())
+    assert "  " not in text
+    assert " \n" not in text
+
+
+def test_a_tokenizer_that_loses_words_is_refused(text_folder):
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "Mary": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    with pytest.raises(ValueError, match="cannot write the task's text: 'Mary moved"):
+        BabilongTask("qa1", source=str(text_folder)).check(subject(Reader(), tokenizer=words), 2048)
 
 
 def test_few_shot_prompts_are_those_of_lm_eval(text_folder):

@@ -25,6 +25,7 @@ from .haystack import (
     HaystackDataset,
     Sentence,
 )
+from .ruler import Coder
 from .text import Document, load_text, split
 from .tokenizer import BYTES, encode_bytes, load_tokenizer, train_tokenizer
 
@@ -217,8 +218,7 @@ def _haystack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast 
     if tokenizer is None:
         rows = [encode_bytes(text) for text in texts]
     else:
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [np.array(each.ids, np.int32) for each in encoded]
+        rows = [np.array(ids, np.int32) for ids in Coder(tokenizer).many(texts)]
     ends = np.cumsum([len(row) for row in rows])
     return Haystack(np.concatenate(rows), np.concatenate([[0], ends[:-1]]))
 
@@ -227,10 +227,10 @@ def _encoder(tokenizer: PreTrainedTokenizerFast | None) -> Any:
     """What gives the tokens of a sentence; the same ones come again and again."""
     if tokenizer is None:
         return encode_bytes
-    backend = tokenizer.backend_tokenizer
+    coder = Coder(tokenizer)
 
     @lru_cache(maxsize=50_000)
     def encode(text: bytes) -> np.ndarray:
-        return np.array(backend.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        return np.array(coder.ids(text.decode()), np.int32)
 
     return encode

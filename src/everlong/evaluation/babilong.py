@@ -24,6 +24,7 @@ from everlong.data import BabilongConfig
 from everlong.data.babilong import TASKS, BabilongDataset
 from everlong.data.config import digest
 from everlong.data.corpus import cache_home
+from everlong.data.ruler import Coder
 
 from .haystack import check_length, check_whole
 from .results import Metric, TaskInfo
@@ -53,6 +54,7 @@ TITLES = {
     "qa9": "negation",
     "qa10": "indefinite knowledge",
 }
+EXAMPLE = "Mary moved to the hallway. Where is John?"
 TRAINED_TOKENS = 12  # of an answer, at most, with the full stop behind it
 HUB = "RMT-team/babilong-1k-samples"
 
@@ -116,6 +118,9 @@ class BabilongTask(Task):
         """Refuse lengths that the model or the task cannot take, and tokenizers that lose words."""
         check_whole(subject, self.info.name)
         check_length(subject, length)
+        coder = Coder(subject.tokenizer)
+        for text in (EXAMPLE, *LABELS[self.task]):
+            coder.check(coder.ids(f" {text}"), text)
         self.ask(subject, length or 0, 0)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
@@ -217,8 +222,11 @@ class BabilongTask(Task):
         assert self.published is not None
         row = _published(self.published, self.task, length)[index]
         around = self.around(subject, row["question"])
-        text = subject.encode(f" {row['input'].strip()}" if around.head else row["input"].strip())
-        asked = _asked(around, text.numpy(), row["question"], row["target"], None)
+        given = row["input"].strip()
+        ids = subject.encode(given).tolist()
+        if around.head:
+            ids = Coder(subject.tokenizer).ids(f" {given}")
+        asked = _asked(around, np.array(ids), row["question"], row["target"], None)
         limit = subject.info.longest
         if limit is not None and len(asked.prompt) + self.answer_limits(subject)[0] > limit:
             raise ValueError(
@@ -240,12 +248,11 @@ class BabilongTask(Task):
 
     def around(self, subject: Subject, question: str) -> Prompt:
         """What stands before the text and behind it."""
+        coder = Coder(subject.tokenizer)  # for what stands within a text
         if self.trained(subject):
-            return Prompt(subject.opening(), subject.encode(f" {question}").tolist())
+            return Prompt(coder.opening, coder.ids(f" {question}"))
         before, after = few_shot(self.task, question)
-        return Prompt(
-            subject.opening() + subject.encode(before).tolist(), subject.encode(after).tolist()
-        )
+        return Prompt(coder.opening + subject.encode(before).tolist(), coder.ids(after))
 
 
 def official_score(task: str, question: str, wanted: str, answer: str) -> bool:

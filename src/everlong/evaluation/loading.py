@@ -72,8 +72,8 @@ def load_subject(folder: str | Path, **options: Any) -> Subject:
 
 @torch.inference_mode()
 def check_pieces(subject: Subject) -> None:
-    """Refuse a model that gives no cache, or goes on from it as if it had read nothing: of several
-    tokens Mamba does so in some versions of `transformers`, and whatever it is asked is wrong then."""
+    """Refuse a model that gives no cache, or goes on from it as if it had read nothing: Mamba does so
+    with several tokens in some versions of `transformers`, and whatever it is asked comes out wrong."""
     model, name = subject.model, subject.cache_name
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
