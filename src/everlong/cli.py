@@ -77,6 +77,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
+    _add_train(commands)
+    _add_runs(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    _add_tokenizer(commands)
+    _add_data(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a model from a recipe",
@@ -96,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+
+def _add_runs(commands: Any) -> None:
     runs = commands.add_parser(
         "runs",
         help="list and compare runs",
@@ -112,12 +125,17 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument("--picture", metavar="FILE", help="draw their losses into one picture")
     runs.set_defaults(run=_runs)
 
+
+def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
     evaluate.add_argument(
         "models", nargs="+", metavar="MODEL", help="a folder with a model, or a hub id"
     )
     evaluate.add_argument(
-        "--tasks", default="needle", help="by commas: needle, babilong, perplexity, ..."
+        "--tasks",
+        default="needle",
+        help="by commas: needle, babi, niah, babilong, perplexity, context, or any of lm-eval's "
+        "(docs/evaluation.md)",
     )
     evaluate.add_argument("--lengths", default="512,1k,2k,4k", help="tokens, by commas; 1k = 1024")
     evaluate.add_argument(
@@ -156,6 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
     evaluate.set_defaults(run=_evaluate)
 
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text with a model."
     )
@@ -172,6 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     generate.set_defaults(run=_generate)
 
+
+def _add_tokenizer(commands: Any) -> None:
     tokenizer = commands.add_parser(
         "tokenizer",
         help="train a tokenizer on a text",
@@ -194,8 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_bytes", type=int, default=200_000_000, help="read no more text (200,000,000)"
     )
     tokenizer.set_defaults(run=_tokenizer)
-    _add_data_command(commands)
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a memory and a Transformer, and compare them",
@@ -205,10 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
     demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
     demo.set_defaults(run=_demo)
-    return parser
 
 
-def _add_data_command(commands: Any) -> None:
+def _add_data(commands: Any) -> None:
     """The command `data`: files of stories."""
     data = commands.add_parser("data", help="write and check stories", description="Stories of bAbI.")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
