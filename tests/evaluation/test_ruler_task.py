@@ -248,3 +248,8 @@ def test_our_score_is_rulers():
 def test_the_prose_is_held_out(text_folder):
     task, documents = RulerTask("niah_single_2", source=str(text_folder)), load_text(text_folder)
     assert task.needles(subject(Reader())).documents == split(documents)[1]
+    data = {"task": "ruler", "source": str(text_folder), "held_out": 0.3}
+    model = subject(Reader(), {"data": data})
+    assert task.needles(model).documents == split(documents, fraction=0.3)[1]
+    model = subject(Reader(), {"data": {**data, "source": "another"}})
+    assert task.needles(model).documents == split(documents)[1]
