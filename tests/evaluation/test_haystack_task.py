@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from everlong.evaluation import attention_reach
 from everlong.evaluation.haystack import HaystackTask
+from everlong.evaluation.task import _by_depth
 from everlong.models import Retrieval
 from everlong.training import load_recipe
 from everlong.training.model import build_model_config
@@ -57,6 +58,25 @@ def test_with_retrieval_a_short_reach_is_enough(task):
     cell = scores(task, Reader(pass_key(420)), 4000, 20, passages=2)
     assert cell.main.hits >= 15
     assert scores(task, Reader(pass_key(400)), 4000, 20).main.hits <= 5
+
+
+def test_the_text_is_what_the_recipe_holds_out(tmp_path):
+    """Each document has a letter of its own: those of training and of questions share none."""
+    for letter in "abcdefghij":
+        (tmp_path / f"{letter}.txt").write_text(f"{letter * 9} " * 90)
+    data = {"task": "needle", "source": str(tmp_path), "held_out": 0.3}
+    task, model = HaystackTask("needle"), subject(Reader(), {"data": data})
+    letters = [
+        {letter for letter in "abcdefghij" if letter.encode() * 9 in bytes(found.haystack.tokens)}
+        for found in (task.config(model).datasets(3, 0)[0], task.dataset(model, 3))
+    ]
+    assert [len(each) for each in letters] == [7, 3]
+    assert not letters[0] & letters[1]
+
+
+def test_depths_fall_into_tenths():
+    records = [{"depth": depth, "scores": {"x": 1.0}} for depth in (0.0, 0.09, 0.1, 0.19, 0.96, 1.0)]
+    assert [each.samples for each in _by_depth(records, "x")] == [2, 2, *[0] * 7, 2]
 
 
 def test_what_is_looked_for_holds_no_answer(task, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles import Reader, subject
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from everlong.data import TextConfig, byte_tokenizer, train_tokenizer
 from everlong.data.language import _Reader
-from everlong.evaluation.perplexity import TARGET, ContextTask, PerplexityTask, _stretches
+from everlong.evaluation.perplexity import TARGET, ContextTask, Documents, PerplexityTask, _stretches
+from everlong.evaluation.subject import Subject
 from everlong.models import model_config
 
 
@@ -59,6 +61,36 @@ def test_a_model_that_learns_a_period_pays_less_behind_it(source):
     assert by_start[512] == pytest.approx(right, abs=1e-4)
     assert right < by_start[256] < wrong
     assert found.main.value == pytest.approx((299 * wrong + 724 * right) / 1023, abs=1e-3)
+
+
+def test_each_stretch_holds_the_losses_and_bytes_of_its_own_positions(source, monkeypatch):
+    """Position p costs p bits, and its token has p bytes: a shift by one would show."""
+    task, model = PerplexityTask(source, [200]), subject(Reader())
+    known = task.documents(model)
+    task.known = {"model": Documents([np.arange(200)], np.arange(200))}
+    losses = torch.arange(1, 200)[None] * math.log(2)
+    monkeypatch.setattr(Subject, "losses", lambda self, ids: (losses, None))
+    [record] = task.run(model, None, [0], 1)
+    assert len(known.tokens) == 3
+    assert record["bytes"] == sum(range(1, 200))
+    for start, end, bits, size in record["stretches"]:
+        assert bits == pytest.approx(sum(range(start, end)), rel=1e-6)
+        assert size == sum(range(start, end))
+
+
+def test_context_scores_the_same_tokens_at_each_length(source, monkeypatch):
+    task, model = ContextTask(source, [300, 1000]), subject(Reader())
+    read, plain = [], Subject.read
+
+    def spy(self, ids, keep):
+        read.append(ids[0].tolist())
+        return plain(self, ids, keep)
+
+    monkeypatch.setattr(Subject, "read", spy)
+    document = task.require(model, 1000)[0].tolist()
+    for length in (300, 1000):
+        list(task.run(model, length, [0], 1))
+    assert read == [document[700:1000], document[:1000]]
 
 
 def test_the_same_tokens_cost_less_with_more_before_them(source):

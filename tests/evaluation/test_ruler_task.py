@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracles import Reader, subject
 
-from everlong.data import train_tokenizer
+from everlong.data import load_text, split, train_tokenizer
 from everlong.data.ruler import KINDS, string_match_all
 from everlong.evaluation.ruler import RulerTask, ruler_tasks
 from everlong.evaluation.ruler_official import OfficialRulerTask, check_installed
@@ -243,3 +243,13 @@ def test_our_score_is_rulers():
     ours = [100 * string_match_all(*each) for each in zip(outputs, wanted, strict=True)]
     assert ours == pytest.approx(theirs)
     assert len(set(ours)) > 3
+
+
+def test_the_prose_is_held_out(text_folder):
+    task, documents = RulerTask("niah_single_2", source=str(text_folder)), load_text(text_folder)
+    assert task.needles(subject(Reader())).documents == split(documents)[1]
+    data = {"task": "ruler", "source": str(text_folder), "held_out": 0.3}
+    model = subject(Reader(), {"data": data})
+    assert task.needles(model).documents == split(documents, fraction=0.3)[1]
+    model = subject(Reader(), {"data": {**data, "source": "another"}})
+    assert task.needles(model).documents == split(documents)[1]

