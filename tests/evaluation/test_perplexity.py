@@ -101,6 +101,23 @@ def test_the_same_tokens_cost_less_with_more_before_them(source):
     assert long < 1
 
 
+def test_a_text_begins_with_what_its_tokenizer_puts_before_it(source, monkeypatch):
+    """And what is scored stays the same."""
+    seen = []
+
+    def answer(text):
+        seen.append(text[0])
+        return knows(300)(text[1:])
+
+    model, plain = subject(Reader(answer)), subject(Reader(knows(300)))
+    monkeypatch.setattr(model, "opening", lambda: [257])
+    for task, length in ((PerplexityTask(source, [512]), None), (ContextTask(source, [512]), 512)):
+        found, wanted = cell(task, model, length, 3), cell(task, plain, length, 3)
+        assert found.main == wanted.main
+        assert found.curve == wanted.curve
+    assert set(seen) == {255}  # what the reader takes 257 for
+
+
 def test_bytes_are_those_of_the_tokens(source):
     """A model without knowledge pays log2(V) bits a token, however many bytes that stands for."""
     tokenizer = train_tokenizer([Path(source, "a.txt").read_text()], 300)

@@ -246,6 +246,9 @@ def test_estimates():
     mean = Estimate.of([0.2, 0.4, 0.9])
     assert mean.value == pytest.approx(0.5)
     assert mean.high - mean.value == pytest.approx(1.96 * 0.36056 / 3**0.5, rel=1e-3)
+    share = Estimate.of([0.75, 1.0], is_share=True)
+    assert share.low < 0.875 < share.high == 1.0
+    assert (Estimate.of([0.5], is_share=True).low, Estimate.of([0.5], is_share=True).high) == (0, 1)
     ratio = Estimate.of([1.0, 3.0], [3, 1])
     assert ratio.value == pytest.approx(1.5)
     assert ratio.low < 1.5 < ratio.high

@@ -106,7 +106,7 @@ class PerplexityTask(_OnDocuments):
                 "perplexity reads documents to the longest length, "
                 f"got {self.longest}: ask for 2 tokens or more"
             )
-        check_length(subject, self.longest)
+        check_length(subject, self.longest + len(subject.opening()))
         self.require(subject, self.longest)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
@@ -130,8 +130,9 @@ class PerplexityTask(_OnDocuments):
                 [torch.from_numpy(documents[i][: self.longest].astype(np.int32)) for i in part]
             )
             with share_time(len(part)) as time:
-                losses = subject.losses(ids)[0].double().numpy() / math.log(2)
-            for index, row, bits in zip(part, ids.numpy(), losses, strict=True):
+                nats = subject.losses(_opened(subject, ids))[0][:, 1 - ids.shape[1] :]
+            for index, row, losses in zip(part, ids.numpy(), nats.double().numpy(), strict=True):
+                bits = losses / math.log(2)
                 counts = sizes[row[1:]]
                 stretches = [
                     [a, b, float(bits[a - 1 : b - 1].sum()), int(counts[a - 1 : b - 1].sum())]
@@ -187,7 +188,7 @@ class ContextTask(_OnDocuments):
         check_whole(subject, self.info.name)
         if length <= TARGET:
             raise ValueError(f"context scores {TARGET} tokens: ask for lengths beyond that")
-        check_length(subject, length)
+        check_length(subject, length + len(subject.opening()))
         self.require(subject, self.longest)
 
     def count(self, subject: Subject, length: int | None, samples: int) -> int:
@@ -207,7 +208,7 @@ class ContextTask(_OnDocuments):
             texts = [documents[i][self.longest - length : self.longest] for i in part]
             ids = torch.stack([torch.from_numpy(text.astype(np.int64)) for text in texts])
             with share_time(len(part)) as time:
-                logits = subject.read(ids, TARGET + 1)[0][:, :-1].float().cpu()
+                logits = subject.read(_opened(subject, ids), TARGET + 1)[0][:, :-1].float().cpu()
                 wanted = ids[:, -TARGET:]
                 losses = torch.nn.functional.cross_entropy(
                     logits.transpose(1, 2), wanted, reduction="none"
@@ -220,6 +221,12 @@ class ContextTask(_OnDocuments):
                     "tokens": length,
                     "seconds": time.each,
                 }
+
+
+def _opened(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
+    """The rows [B, T] behind what the tokenizer puts before a text, such as a bos token."""
+    opening = torch.tensor([subject.opening()], dtype=ids.dtype)
+    return torch.cat([opening.expand(len(ids), -1), ids], 1)
 
 
 def _stretches(length: int) -> list[tuple[int, int]]:

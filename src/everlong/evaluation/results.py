@@ -49,11 +49,18 @@ class Estimate:
         return round(self.value * self.samples)
 
     @classmethod
-    def of(cls, values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
+    def of(
+        cls,
+        values: Sequence[float],
+        weights: Sequence[float] | None = None,
+        *,
+        is_share: bool = False,
+    ) -> Estimate:
         """The (weighted) mean of the samples' values.
 
         Of zeros and ones with Wilson's interval, of others with one by the standard error (of a
-        weighted mean: of a ratio). NaN of nothing, with the interval of no knowledge.
+        weighted mean: of a ratio); that of shares ends at 0 and 1. NaN of nothing, with the interval of
+        no knowledge.
         """
         n = len(values)
         if not n:
@@ -65,7 +72,10 @@ class Estimate:
         mean = float((each * weight).sum() / weight.sum())
         spread = math.sqrt(float(((weight * (each - mean)) ** 2).sum()) / max(n - 1, 1) / n)
         half = Z * spread / float(weight.mean()) if n > 1 else math.nan
-        return cls(mean, mean - half, mean + half, n)
+        low, high = mean - half, mean + half
+        if is_share:
+            low, high = (0.0, 1.0) if n == 1 else (max(low, 0.0), min(high, 1.0))
+        return cls(mean, low, high, n)
 
     @classmethod
     def of_hits(cls, hits: int, samples: int) -> Estimate:
@@ -203,7 +213,7 @@ class Results:
         """Write results.json: aside first, so that one that is there is whole."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.unfinished")
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         aside.write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import sys
@@ -123,6 +124,9 @@ def evaluate(
     `Subject`. on_results: told of what is there after each model and task at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
+    if isinstance(samples, int) and samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    models = list(dict.fromkeys(models))
     counts = samples if isinstance(samples, SampleCounts) else SampleCounts(((None, samples),))
     state = processes()
     out = Path(out)
@@ -172,7 +176,9 @@ def processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # One sample of a million tokens may take longer than processes wait for each other by default.
+    patience = datetime.timedelta(days=7)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
 
 
 def _lengths_of(

@@ -70,8 +70,10 @@ class Task(ABC):
     ) -> Cell:
         """One cell of these samples."""
         metrics = {
-            name: Estimate.of([r["scores"][name] for r in records if name in r["scores"]])
-            for name in self.info.metrics
+            name: Estimate.of(
+                [r["scores"][name] for r in records if name in r["scores"]], is_share=metric.is_share
+            )
+            for name, metric in self.info.metrics.items()
         }
         return Cell(
             task=self.info.name,
