@@ -1,5 +1,6 @@
 """Pure functions of tensors: the papers' equations, their fast forms and their states."""
 
+from everlong.ops.backend import backends, current_backend, use_backend
 from everlong.ops.conv import causal_conv_silu
 from everlong.ops.memory_state import NeuralMemoryState
 from everlong.ops.memory_trace import MemoryTrace, trace_neural_memory
@@ -13,6 +14,8 @@ from everlong.ops.norm import unit_length, unit_rms
 __all__ = [
     "MemoryTrace",
     "NeuralMemoryState",
+    "current_backend",
+    "backends",
     "causal_conv_silu",
     "chunk_neural_memory",
     "read_neural_memory",
@@ -20,4 +23,5 @@ __all__ = [
     "trace_neural_memory",
     "unit_length",
     "unit_rms",
+    "use_backend",
 ]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from everlong.ops.backend import current_backend
 from everlong.ops.decay import (
     ChunkCoefficients,
     Gates,
@@ -29,6 +30,7 @@ from everlong.ops.decay import (
 )
 from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.inner_mlp import InnerGradient, LayerNorm, gelu_backward, memory_output
+from everlong.ops.native.scan import problem, scan_native, wins
 
 Tensors = tuple[Tensor, ...]
 BLOCK = 4  # chunks whose coefficients are computed at once
@@ -220,8 +222,16 @@ def scan_chunks(
     """Read and write a whole number of chunks.
 
     rows: q, k, v as [B, H, T, K], T a multiple of C. gates: theta, log_retain, log_eta as
-    [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk.
+    [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk. Raises
+    RuntimeError where the native back end is wanted and cannot.
     """
+    wanted = current_backend()
+    if wanted == "native" or (wanted == "auto" and wins(rows[0])):
+        reason = problem(rows[0], len(weights))
+        if reason is None:
+            return scan_native(rows, gates, weights, momentum, chunk_size, scale)
+        if wanted == "native":
+            raise RuntimeError(f"the native back end cannot scan this: {reason}")
     layers, memories = len(weights), rows[0].shape[:2]
     gates = gates.map(lambda g: g.unflatten(3, (-1, chunk_size)).permute(3, 2, 0, 1, 4).flatten(2, 3))
     state = [x.flatten(0, 1) for x in (*weights, *(momentum or ()))]

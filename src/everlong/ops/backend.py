@@ -1,0 +1,45 @@
+"""Which code scans whole chunks: everywhere the same function, held to the same laws.
+
+"eager" is PyTorch and runs on every device, "native" is C for the CPU, "auto" (the default) takes the
+native one where it can and wins. `use_backend` chooses for a block of code, the environment variable
+EVERLONG_BACKEND for a process.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from everlong.ops.native.library import load
+
+BACKENDS = ("auto", "eager", "native")
+_chosen: ContextVar[str | None] = ContextVar("everlong_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Take the back end of this name inside the block. Raises ValueError for an unknown one."""
+    token = _chosen.set(_checked(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def current_backend() -> str:
+    """The name in force."""
+    return _chosen.get() or _checked(os.environ.get("EVERLONG_BACKEND", "auto"))
+
+
+def backends() -> tuple[str, ...]:
+    """The names that work on this machine; looks for the compiler if it must."""
+    native = isinstance(load(torch.float32), OSError)
+    return tuple(name for name in BACKENDS if name != "native" or not native)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"no back end {name!r}: choose one of {', '.join(BACKENDS)}")
+    return name

@@ -1,0 +1,1 @@
+"""The chunk scan in C, an optional back end for CPUs."""
