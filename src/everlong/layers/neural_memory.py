@@ -229,8 +229,8 @@ class NeuralMemory(nn.Module):
         """q [B, T, H, K] alone, and the tail of its convolution."""
         q = self.q_proj(x)
         taps = None if self.conv is None else self.conv().to(q.dtype)[: q.shape[-1]]
-        q, tail = _conv_silu(q, taps, tail, lengths)
-        return unit_length(q.unflatten(-1, (self.num_heads, self.head_dim))), tail
+        q, tail = _conv_silu(q, taps, tail, lengths, self.head_dim)
+        return self._heads(q), tail
 
     def _start(self) -> list[Tensor]:
         return [weight() for weight in self.memory_init]
@@ -240,7 +240,11 @@ class NeuralMemory(nn.Module):
 
     def _out(self, y: Tensor, x: Tensor) -> Tensor:
         """W_o (silu(x W_g) * norm(y)) of what was read, y [B, T, H, K]."""
-        return self.o_proj(self.output_norm(y).flatten(2) * F.silu(self.gate_proj(x)))
+        return self.o_proj(self.output_norm(y, gate=self._heads(self.gate_proj(x))).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, H K] as [B, T, H, K]."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim))
 
     def _checked(self, x: Tensor, state: NeuralMemoryState | None) -> NeuralMemoryState:
         """The state, or an empty one; refuses what does not fit."""
@@ -288,10 +292,14 @@ class NeuralMemory(nn.Module):
         rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         taps = [None] * 3 if self.conv is None else self.conv().to(rows[0].dtype).chunk(3)
         tails = [None] * 3 if tail is None else tail.chunk(3, -1)
-        pairs = [_conv_silu(*each, lengths) for each in zip(rows, taps, tails, strict=True)]
-        q, k, v = (row.unflatten(-1, (self.num_heads, self.head_dim)) for row, _ in pairs)
+        units = [self.head_dim, self.head_dim, None]
+        pairs = [
+            _conv_silu(row, tap, end, lengths, unit)
+            for row, tap, end, unit in zip(rows, taps, tails, units, strict=True)
+        ]
+        q, k, v = (self._heads(row) for row, _ in pairs)
         ends = [end for _, end in pairs if end is not None]
-        return unit_length(q), unit_length(k), v, torch.cat(ends, -1) if ends else None
+        return q, k, v, torch.cat(ends, -1) if ends else None
 
     def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
@@ -311,10 +319,18 @@ class NeuralMemory(nn.Module):
 
 
 def _conv_silu(
-    x: Tensor, taps: Tensor | None, tail: Tensor | None, lengths: Tensor | None
+    x: Tensor,
+    taps: Tensor | None,
+    tail: Tensor | None,
+    lengths: Tensor | None,
+    unit: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """silu(conv(x)) and the tail for the next call; without taps silu(x) alone."""
-    return (F.silu(x), None) if taps is None else causal_conv_silu(x, taps, tail, lengths)
+    """silu(conv(x)), each `unit` channels at unit length if given, and the tail for the next call;
+    without taps there is no convolution."""
+    if taps is not None:
+        return causal_conv_silu(x, taps, tail, lengths, unit)
+    y = F.silu(x)
+    return (y if unit is None else unit_length(y.unflatten(-1, (-1, unit))).flatten(-2)), None
 
 
 def _check_at_least(*sizes: tuple[int, str, int]) -> None:

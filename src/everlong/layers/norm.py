@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from everlong.ops import unit_rms
+from everlong.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +21,6 @@ class RMSNorm(nn.Module):
         """Back to a weight of one."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size]. Returns the same shape and type."""
-        return self.weight * unit_rms(x, self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x: [..., size]. Returns the same shape and type; times silu(gate) where there is one."""
+        return rms_norm(x, self.weight, self.eps, gate)

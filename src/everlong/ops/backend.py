@@ -1,8 +1,8 @@
-"""Which code scans whole chunks: everywhere the same function, held to the same laws.
+"""Which code does the work: the same functions either way, held to the same laws.
 
-"eager" is PyTorch and runs on every device, "native" is C for the CPU, "auto" (the default) takes the
-native one where it can and wins. `use_backend` chooses for a block of code, the environment variable
-EVERLONG_BACKEND for a process.
+"eager" is PyTorch and runs on every device; "native" is C for plain tensors on the CPU in float32 and
+float64, in the places where it exists; "auto" (the default) takes it where it can and wins.
+`use_backend` chooses for a block of code, the environment variable EVERLONG_BACKEND for a process.
 """
 
 import os
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
-from everlong.ops.native.library import load
+from everlong.ops.native.library import load, problem
 
 BACKENDS = ("auto", "eager", "native")
 _chosen: ContextVar[str | None] = ContextVar("everlong_backend", default=None)
@@ -37,6 +38,11 @@ def backends() -> tuple[str, ...]:
     """The names that work on this machine; looks for the compiler if it must."""
     native = isinstance(load(torch.float32), OSError)
     return tuple(name for name in BACKENDS if name != "native" or not native)
+
+
+def native_takes(*tensors: Tensor | None) -> bool:
+    """Whether the native code is wanted, and can take these."""
+    return current_backend() != "eager" and problem(*tensors) is None
 
 
 def _checked(name: str) -> str:

@@ -30,7 +30,7 @@ from everlong.ops.decay import (
 )
 from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.inner_mlp import InnerGradient, LayerNorm, gelu_backward, memory_output
-from everlong.ops.native.scan import problem, scan_native, wins
+from everlong.ops.native.scan import scan_native, scan_problem, scan_wins
 
 Tensors = tuple[Tensor, ...]
 BLOCK = 4  # chunks whose coefficients are computed at once
@@ -226,8 +226,8 @@ def scan_chunks(
     RuntimeError where the native back end is wanted and cannot.
     """
     wanted = current_backend()
-    if wanted == "native" or (wanted == "auto" and wins(rows[0])):
-        reason = problem(rows[0], len(weights))
+    if wanted == "native" or (wanted == "auto" and scan_wins(rows[0])):
+        reason = scan_problem(rows[0], len(weights))
         if reason is None:
             return scan_native(rows, gates, weights, momentum, chunk_size, scale)
         if wanted == "native":

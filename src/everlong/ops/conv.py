@@ -6,16 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
+from everlong.ops.native.rows import ConvSilu as NativeConvSilu
+from everlong.ops.norm import unit_length
 
 
 def causal_conv_silu(
-    x: Tensor, weight: Tensor, tail: Tensor | None, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None,
+    lengths: Tensor | None = None,
+    unit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = silu(sum_j weight[:, j] x_{t-J+1+j}): each channel sees its last J inputs.
 
     x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros;
-    lengths: [B], how many of the T inputs are real in each row (default: all).
+    lengths: [B], how many of the T inputs are real in each row (default: all). unit: bring each so
+    many channels of y to unit length.
     Returns y [B, T, N] and the tail for the next call.
     """
     reach = weight.shape[1] - 1
@@ -25,12 +33,22 @@ def causal_conv_silu(
             "belongs to another layer or batch"
         )
     tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
-    y = _conv_silu(x, weight, tail)
+    if native_takes(x, weight, tail):
+        y = NativeConvSilu.apply(x, weight, tail, unit or _head(x.shape[2]), unit is not None)
+    else:
+        y = _conv_silu(x, weight, tail)
+        if unit is not None:
+            y = unit_length(y.unflatten(-1, (-1, unit))).flatten(-2)
     if lengths is None:
         last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
         return y, last[:, last.shape[1] - reach :]
     index = (lengths[:, None] + torch.arange(reach)).to(x.device)
     return y, torch.cat([tail, x], 1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _head(channels: int) -> int:
+    """Channels of a piece of work where nothing else divides them."""
+    return 64 if channels % 64 == 0 else channels
 
 
 @torch.compiler.allow_in_graph

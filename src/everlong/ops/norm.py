@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
+from everlong.ops.native.rows import GatedNorm
 
 UNIT_EPS = 1e-6
 
@@ -18,6 +20,17 @@ def unit_length(x: Tensor) -> Tensor:
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, computed in at least float32."""
     return _rescaled(x, 1 / x.shape[-1], eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """weight * x / rms(x), and times silu(gate) where there is one, in Llama's order of operations.
+
+    x, gate: [..., N]; weight: [N].
+    """
+    if native_takes(x, weight, gate):
+        return GatedNorm.apply(x, gate, weight, eps)
+    y = weight * unit_rms(x, eps)
+    return y if gate is None else y * torch.nn.functional.silu(gate)
 
 
 def _rescaled(x: Tensor, share: float, eps: float) -> Tensor:

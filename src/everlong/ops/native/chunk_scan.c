@@ -10,35 +10,15 @@
  * row-major. `parts` is 2 with momentum, 1 without.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#ifndef REAL
-#define REAL float
-#endif
-typedef REAL real;
-typedef void (*gemm_t)(const char *, const char *, const int *, const int *, const int *, const real *,
-                       const real *, const int *, const real *, const int *, const real *, real *,
-                       const int *);
+#include "common.h"
 
 #define MAX_LAYERS 8
 #define NORM_EPS ((real)1e-5)
-#define EACH _Pragma("omp simd") for
 
 typedef struct {
     int64_t batch, heads, tokens, size, chunk, layers, parts, decay, interval, train, threads, scaled;
     int64_t widths[MAX_LAYERS + 1];
 } Shape;
-
-typedef struct { /* a tensor [B, H, N, size]: its numbers' places; the last dimension is dense */
-    real *at;
-    int64_t batch, head, row;
-} Rows;
 
 typedef struct { /* a tensor [B, H, L, T] */
     real *at;
@@ -84,8 +64,6 @@ static int64_t widest(const Shape *s) {
     return n;
 }
 
-#define LINE 16 /* numbers that `take` may add to a buffer's own */
-
 static int64_t inner_size(const Shape *s) { /* the buffers of `place` */
     const int64_t c = s->chunk;
     int64_t n = c * (3 * s->size + 1) + 4 * LINE;
@@ -109,40 +87,6 @@ int64_t everlong_kept_size(const Shape *s) { return kept_size(s); }
 int64_t everlong_scratch_size(const Shape *s) { return scratch_size(s); }
 
 /* --- small pieces ------------------------------------------------------------------------------ */
-
-static real *take(real **at, int64_t n) { /* the next n numbers of a buffer, on a line of the cache */
-    real *p = *at;
-    *at += (n + LINE - 1) / LINE * LINE;
-    return p;
-}
-
-/* out = beta out + op(a) op(b), [m, n] with inner dimension k; ta, tb: transposed as stored. */
-static void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a,
-                     int64_t lda, const real *b, int64_t ldb, real beta, real *out, int64_t ldo) {
-    const int im = (int)m, in = (int)n, ik = (int)k, ia = (int)lda, ib = (int)ldb, io = (int)ldo;
-    const real one = 1;
-    gemm(tb ? "T" : "N", ta ? "T" : "N", &in, &im, &ik, &one, b, &ib, a, &ia, &beta, out, &io);
-}
-
-#define IS_FLOAT (sizeof(real) == 4)
-
-static inline float exp_float(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float rounded = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: the fraction falls off */
-    const float n = rounded - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union { int32_t i; float f; } two;
-    two.i = ((int32_t)n + 127) << 23;
-    return p * two.f;
-}
 
 /* The normal density and distribution at x. In float32: Q(x) = exp(-x^2/2) R(1 / (1 + 0.24 x)) for
  * x >= 0 with a polynomial R fitted to 3e-9. */
@@ -194,12 +138,6 @@ static void gelu_slope_curve(const real *h, real *z, real *slope, real *curve, i
         slope[i] = below + h[i] * density;
         curve[i] = density * (2 - h[i] * h[i]);
     }
-}
-
-static real dot(const real *a, const real *b, int64_t n) {
-    real sum = 0;
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
 }
 
 /* normed = (x - mean) / sqrt(var + eps) of a row; returns the inverse deviation. */
@@ -801,14 +739,13 @@ static void backward_of(const Shape *s, const Tensors *x, int64_t memory, real *
     copy_state(s, x->dweights, x->dmomentum, b, h, d.state, 1);
 }
 
-/* --- entry points: 1 where a dimension is beyond what the code is made for ----------------------- */
+/* --- entry points ------------------------------------------------------------------------------ */
 
 typedef void (*Work)(const Shape *, const Tensors *, int64_t, real *);
 
-static int for_each_memory(const Shape *s, const Tensors *x, Work work) {
+static int64_t for_each_memory(const Shape *s, const Tensors *x, Work work) {
     const int64_t memories = s->batch * s->heads, each = scratch_size(s);
     const int threads = (int)s->threads;
-    if (s->layers > MAX_LAYERS) return 1;
     (void)threads;
     /* All threads, even for fewer memories: within a team of one BLAS would make threads of its own. */
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -822,5 +759,5 @@ static int for_each_memory(const Shape *s, const Tensors *x, Work work) {
     return 0;
 }
 
-int everlong_forward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, forward_of); }
-int everlong_backward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, backward_of); }
+int64_t everlong_scan_forward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, forward_of); }
+int64_t everlong_scan_backward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, backward_of); }

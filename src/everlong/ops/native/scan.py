@@ -1,5 +1,6 @@
 """`scan_chunks` by the C library, for autograd."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from everlong.ops.decay import Gates
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.library import MAX_LAYERS, Arguments, Gate, Library, Rows, Shape, load
+from everlong.ops.native.library import Library, Rows, dense, integers, library, pointers, problem
 
 Tensors = tuple[Tensor, ...]
+MAX_LAYERS = 8  # of chunk_scan.c
+COUNTS = "batch heads tokens size chunk layers parts decay interval train threads scaled"
 
 
 def scan_native(
@@ -22,7 +25,7 @@ def scan_native(
     chunk_size: int,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensors, Tensors | None]:
-    """As `everlong.ops.chunk_scan.scan_chunks`; the caller has seen that there is no `problem`."""
+    """As `everlong.ops.chunk_scan.scan_chunks`; the caller has seen that there is no problem."""
     layers = len(weights)
     inputs = (*rows, scale, *gates, *weights, *(momentum or ()))
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -30,17 +33,14 @@ def scan_native(
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
 
 
-def problem(q: Tensor, layers: int) -> str | None:
+def scan_problem(q: Tensor, layers: int) -> str | None:
     """Why the native scan cannot read q [B, H, T, K] into memories of so many layers, if so."""
-    if type(q) is not Tensor or q.device.type != "cpu" or torch.compiler.is_compiling():
-        return f"it reads plain tensors on the CPU, outside torch.compile, got {type(q)} on {q.device}"
     if layers > MAX_LAYERS:
         return f"it does {MAX_LAYERS} layers at most, got {layers}"
-    library = load(q.dtype)
-    return str(library) if isinstance(library, OSError) else None
+    return problem(q)
 
 
-def wins(q: Tensor) -> bool:
+def scan_wins(q: Tensor) -> bool:
     """Whether it is faster than the eager scan: a thread reads a memory, and some would be idle."""
     threads, memories = torch.get_num_threads(), q.shape[0] * q.shape[1]
     busy = memories / (-(-memories // threads) * threads)
@@ -48,81 +48,125 @@ def wins(q: Tensor) -> bool:
     return busy >= (0.4 if q.shape[3] <= 128 else 0.75)
 
 
+class Gate(ctypes.Structure):
+    """`Gate` of chunk_scan.c: [B, H, L, T] by address and strides."""
+
+    _fields_ = [*pointers("at"), *integers("batch head layer token")]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> "Gate":
+        """Of [B, H, L, T]."""
+        return cls() if x is None else cls(x.data_ptr(), *x.stride())
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of chunk_scan.c."""
+
+    _fields_ = [*integers(COUNTS), ("widths", ctypes.c_int64 * (MAX_LAYERS + 1))]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], layers: int, chunk_size: int) -> "Shape":
+        """Of the autograd function's inputs."""
+        q = inputs[0]
+        shape = cls(*q.shape, chunk_size, layers)
+        shape.decay, shape.scaled = inputs[5] is not None, inputs[3] is not None
+        shape.parts = 1 if inputs[6] is None else 2
+        # What is kept of states and what a group of chunks needs at once grow alike.
+        shape.interval = max(1, math.isqrt(q.shape[2] // chunk_size // 2))
+        shape.threads = torch.get_num_threads()
+        shape.widths[: layers + 1] = [q.shape[3], *(w.shape[3] for w in inputs[7 : 7 + layers])]
+        return shape
+
+
+class Arguments(ctypes.Structure):
+    """`Tensors` of chunk_scan.c."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("q", "k", "v", "y")),
+        *((name, Gate) for name in ("theta", "log_retain", "log_eta")),
+        *pointers("scale"),
+        *((n, Rows * MAX_LAYERS) for n in ("weights", "momentum", "last_weights", "last_momentum")),
+        *pointers("states kept"),
+        *((name, Rows) for name in ("dq", "dk", "dv", "dy")),
+        *((name, Gate) for name in ("dtheta", "dlog_retain", "dlog_eta")),
+        *pointers("dscale"),
+        *((name, Rows * MAX_LAYERS) for name in ("dweights", "dmomentum")),
+        *pointers("scratch gemm"),
+    ]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], layers: int, kept: Sequence[Tensor]) -> "Arguments":
+        """Of the autograd function's inputs and what is kept for the way back, if anything."""
+        arguments = cls()
+        arguments.q, arguments.k, arguments.v = map(Rows.of, inputs[:3])
+        arguments.scale = None if inputs[3] is None else inputs[3].data_ptr()
+        arguments.theta, arguments.log_retain, arguments.log_eta = map(Gate.of, inputs[4:7])
+        arguments.put("", inputs[7:], layers)
+        if kept:
+            arguments.states, arguments.kept = (x.data_ptr() for x in kept)
+        return arguments
+
+    def put(self, before: str, state: Sequence[Tensor], layers: int) -> None:
+        """Weights and momentum, [B, H, in, out] each, into the fields named so."""
+        for i, x in enumerate(state):
+            field = getattr(self, before + ("weights" if i < layers else "momentum"))
+            field[i % layers] = Rows.of(x)
+
+    def run(self, native: Library, name: str, shape: Shape) -> None:
+        """Call the function."""
+        scratch = native.scratch(shape.threads * native.call("everlong_scratch_size", shape))
+        self.scratch, self.gemm = scratch.data_ptr(), native.gemm
+        native.call(name, shape, self)
+
+
 class _Scan(torch.autograd.Function):
     """q, k, v: [B, H, T, K]; scale [H, K]; gates [B, H, L, T]; state per layer [B, H, in, out]."""
 
     @staticmethod
     def forward(ctx: Any, layers: int, chunk_size: int, train: bool, *inputs: Any) -> Any:
-        rows, (scale, *gates) = map(_dense, inputs[:3]), inputs[3:7]
+        q, k, v, scale, *gates = inputs[:7]
         scale = None if scale is None else scale.contiguous()
-        inputs = (*rows, scale, *gates, *map(_dense, inputs[7:]))
-        q, state = inputs[0], inputs[7:]
-        shape = _shape(q, state[:layers], chunk_size, inputs)
-        library = load(q.dtype)
-        assert isinstance(library, Library)
+        inputs = (*map(dense, (q, k, v)), scale, *gates, *map(dense, inputs[7:]))
+        native, shape = library(q.dtype), Shape.of(inputs, layers, chunk_size)
+        y = torch.empty_like(inputs[0])
+        final = [x.new_empty(x.shape) for x in inputs[7:]]
+        kept = _room(native, shape) if train else ()
         shape.train = train
-        y = torch.empty_like(q)
-        final = [x.new_empty(x.shape) for x in state]
-        states, kept = library.room(shape)
-        arguments = _arguments(inputs, layers, states, kept)
+        arguments = Arguments.of(inputs, layers, kept)
         arguments.y = Rows.of(y)
         arguments.put("last_", final, layers)
-        library.run("forward", shape, arguments)
+        arguments.run(native, "everlong_scan_forward", shape)
         ctx.layers, ctx.chunk_size = layers, chunk_size
-        ctx.save_for_backward(*inputs, states, kept)
+        ctx.save_for_backward(*inputs, *kept)
         return (y, *final)
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor, *dfinal: Tensor) -> Any:
         *inputs, states, kept = ctx.saved_tensors
-        q, layers = inputs[0], ctx.layers
-        shape = _shape(q, inputs[7 : 7 + layers], ctx.chunk_size, inputs)
-        library = load(q.dtype)
-        assert isinstance(library, Library)
+        q, scale, gates = inputs[0], inputs[3], inputs[4:7]
+        dy = dense(dy)
         drows = [torch.empty_like(x) for x in inputs[:3]]
         dscale = q.new_zeros(*q.shape[:2], q.shape[3])
-        dgates = [
-            None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for x in inputs[4:7]
-        ]
+        dgates = [None if x is None else x.new_empty(x.shape) for x in gates]
         dstate = [x.clone(memory_format=torch.contiguous_format) for x in dfinal]
-        arguments = _arguments(inputs, layers, states, kept)
-        arguments.dy = Rows.of(dy := _dense(dy))
+        arguments = Arguments.of(inputs, ctx.layers, (states, kept))
+        arguments.dy = Rows.of(dy)
         arguments.dq, arguments.dk, arguments.dv = map(Rows.of, drows)
         arguments.dtheta, arguments.dlog_retain, arguments.dlog_eta = map(Gate.of, dgates)
         arguments.dscale = dscale.data_ptr()
-        arguments.put("d", dstate, layers)
-        library.run("backward", shape, arguments)
-        dscale = dscale.sum(0) if inputs[3] is not None else None
-        return (None, None, None, *drows, dscale, *dgates, *dstate)
+        arguments.put("d", dstate, ctx.layers)
+        shape = Shape.of(inputs, ctx.layers, ctx.chunk_size)
+        arguments.run(library(q.dtype), "everlong_scan_backward", shape)
+        return (None, None, None, *drows, None if scale is None else dscale.sum(0), *dgates, *dstate)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """With the last dimension in one piece."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _shape(
-    q: Tensor, weights: Sequence[Tensor], chunk_size: int, inputs: Sequence[Tensor | None]
-) -> Shape:
-    batch, heads, tokens, size = q.shape
-    shape = Shape(batch, heads, tokens, size, chunk_size, len(weights))
-    shape.parts = 1 if inputs[6] is None else 2
-    shape.decay, shape.scaled = inputs[5] is not None, inputs[3] is not None
-    # What is kept of states and what a group of chunks needs at once grow alike.
-    shape.interval = max(1, math.isqrt(tokens // chunk_size // 2))
-    shape.threads = torch.get_num_threads()
-    shape.widths[: len(weights) + 1] = [size, *(w.shape[3] for w in weights)]
-    return shape
-
-
-def _arguments(inputs: Sequence[Any], layers: int, states: Tensor, kept: Tensor) -> Arguments:
-    arguments = Arguments()
-    arguments.q, arguments.k, arguments.v = map(Rows.of, inputs[:3])
-    if inputs[3] is not None:
-        arguments.scale = inputs[3].data_ptr()
-    arguments.theta, arguments.log_retain, arguments.log_eta = map(Gate.of, inputs[4:7])
-    arguments.put("", inputs[7:], layers)
-    arguments.states, arguments.kept = states.data_ptr(), kept.data_ptr()
-    return arguments
+def _room(native: Library, shape: Shape) -> Tensors:
+    """For what the way back wants kept: states [M, groups, .] and products [M, chunks, .]."""
+    memories, chunks = shape.batch * shape.heads, shape.tokens // shape.chunk
+    sizes = [native.call(f"everlong_{name}_size", shape) for name in ("state", "kept")]
+    counts = -(-chunks // shape.interval), chunks
+    return tuple(
+        torch.empty(memories, count, size, dtype=native.dtype)
+        for count, size in zip(counts, sizes, strict=True)
+    )

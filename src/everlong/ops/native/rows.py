@@ -1,0 +1,106 @@
+"""The convolution and the norms of ../conv.py and ../norm.py by the C library, for autograd."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.ops.derivatives import first_derivatives_only
+from everlong.ops.native.library import Rows, dense, integers, library, pointers
+
+
+class _Conv(ctypes.Structure):
+    """`Conv` of rows.c."""
+
+    _fields_ = [
+        *integers("batch tokens width taps size unit threads"),
+        *((name, Rows) for name in ("x", "y", "dx", "dy")),
+        *pointers("weight tail dweight dtail"),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> "_Conv":
+        """For x [B, T, N], weight [N, J] and tail [B, J-1, N]."""
+        conv = cls(*x.shape, weight.shape[1], size, unit, torch.get_num_threads())
+        conv.x = Rows.of(x.unsqueeze(1))
+        conv.weight, conv.tail = weight.data_ptr(), tail.data_ptr()
+        return conv
+
+
+class ConvSilu(torch.autograd.Function):
+    """silu(conv(x)), and where `unit` each `size` of its channels at unit length.
+
+    x: [B, T, N], N a multiple of size; weight [N, J]; tail [B, J-1, N]. Keeps its inputs alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> Tensor:
+        x, weight, tail = dense(x), weight.contiguous(), tail.contiguous()
+        y = x.new_empty(x.shape)
+        conv = _Conv.of(x, weight, tail, size, unit)
+        conv.y = Rows.of(y.unsqueeze(1))
+        library(x.dtype).call("everlong_conv_forward", conv)
+        ctx.save_for_backward(x, weight, tail)
+        ctx.size, ctx.unit = size, unit
+        return y
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, tail = ctx.saved_tensors
+        dy, dx, dtail = dense(dy), x.new_empty(x.shape), torch.empty_like(tail)
+        dweight = x.new_empty(x.shape[0], *weight.shape)
+        conv = _Conv.of(x, weight, tail, ctx.size, ctx.unit)
+        conv.dx, conv.dy = Rows.of(dx.unsqueeze(1)), Rows.of(dy.unsqueeze(1))
+        conv.dweight, conv.dtail = dweight.data_ptr(), dtail.data_ptr()
+        library(x.dtype).call("everlong_conv_backward", conv)
+        return dx, dweight.sum(0), dtail, None, None
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` of rows.c."""
+
+    _fields_ = [
+        *integers("rows size threads"),
+        ("eps", ctypes.c_double),
+        *pointers("x gate weight dy y dx dgate dweight"),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> "_Norm":
+        """For x [..., N], gate as many numbers."""
+        size = x.shape[-1]
+        norm = cls(x.numel() // size, size, torch.get_num_threads(), eps, x.data_ptr())
+        norm.gate = None if gate is None else gate.data_ptr()
+        norm.weight = weight.data_ptr()
+        return norm
+
+
+class GatedNorm(torch.autograd.Function):
+    """weight x / rms(x), times silu(gate) where there is a gate. x: [..., N], gate: as many numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        gate = None if gate is None else gate.contiguous()
+        y = torch.empty_like(x)
+        norm = _Norm.of(x, gate, weight, eps)
+        norm.y = y.data_ptr()
+        library(x.dtype).call("everlong_norm_forward", norm)
+        ctx.save_for_backward(x, gate, weight)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, gate, weight = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dgate = None if gate is None else torch.empty_like(gate)
+        norm = _Norm.of(x, gate, weight, ctx.eps)
+        dweight = x.new_empty(norm.threads, len(weight))
+        norm.dy, norm.dx, norm.dweight = dy.data_ptr(), dx.data_ptr(), dweight.data_ptr()
+        norm.dgate = None if dgate is None else dgate.data_ptr()
+        library(x.dtype).call("everlong_norm_backward", norm)
+        return dx, dgate, dweight.sum(0), None
