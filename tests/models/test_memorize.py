@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from everlong.models import LM2Config, RMTConfig, TitansConfig
 from everlong.models.reading import default_piece
@@ -146,8 +147,11 @@ def test_neither_logits_nor_a_graph(name):
     cache = model(ids[:, :5], use_cache=True).past_key_values
     assert any(leaf.requires_grad for leaf in subject.leaves(cache))
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits that nobody asked for"))
+    graphs = []
+    model.model.register_forward_hook(lambda *a: graphs.append(a[2].last_hidden_state.requires_grad))
     for got in (model.memorize(ids), model.memorize(ids[:, :1], cache)):
         assert not any(leaf.requires_grad for leaf in subject.leaves(got))
+    assert graphs == [False, False]
 
 
 @EVERY
@@ -170,6 +174,18 @@ def test_memory_serves_generate(name):
     assert torch.equal(model.generate_from(cache, ids[:, -3:], **asked), want[:, -12:])
     asked["attention_mask"] = torch.ones_like(ids)
     assert torch.equal(model.generate(ids, past_key_values=cache, **asked), want)
+
+
+def test_a_model_whose_parameters_are_on_disk(tmp_path):
+    subject = MODELS["lmm"]
+    model, ids = subject.make(), subject.inputs(2, TOKENS)
+    model.save_pretrained(tmp_path)
+    aside = {"": "cpu", "model.embed_tokens": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, device_map=aside, offload_folder=tmp_path / "aside"
+    )
+    assert loaded.device.type == "meta"
+    assert_states_close("cache", states(loaded.memorize(ids, piece=5)), states(model.memorize(ids)))
 
 
 def test_progress():
