@@ -450,7 +450,7 @@ class StatefulCausalLM:
         progress: bool | Told | None = None,
     ) -> MemoryCache:
         """Read a text for what is kept of it: in pieces, in memory that does not grow with the text,
-        without logits and without a graph.
+        without logits and without a graph. (Keys of `"full_attention"` layers do grow.)
 
         Args:
             input_ids: [B, T], on any device: a tensor or a numpy array, which may be a memmap; or an
