@@ -231,6 +231,20 @@ def test_models_with_a_memory_take_any_prompt(kind, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_long_prompt_is_read_behind_a_bar_and_changes_no_text(model, capsys):
+    prompt = "Tell me, " * 300
+    assert main(["generate", str(model), "--prompt", prompt, "--max_new_tokens", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert "reading" in err
+    loaded, tokenizer = (auto.from_pretrained(model) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer(prompt, return_tensors="pt")
+    asked = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": 9999}
+    whole = loaded.generate(**ids, **asked)[0, ids["input_ids"].shape[1] :]
+    assert out.strip() == tokenizer.decode(whole, skip_special_tokens=True).strip()
+    assert main(["generate", str(model), "--prompt", "Tell me", "--max_new_tokens", "2"]) == 0
+    assert "reading" not in capsys.readouterr().err
+
+
 def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
     model, tmp_path, capsys, monkeypatch
 ):
@@ -243,6 +257,7 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
     monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
     assert generated("--prompt", "-") == generated("--prompt", prompt)
     assert generated("--prompt_file", str(tmp_path / "prompt.txt")) == generated("--prompt", prompt)
+    assert generated("--prompt", "a")  # of which nothing is read before generate
     warm = ["--prompt", "a", "--temperature", "1", "--seed"]
     assert generated(*warm, "1") == generated(*warm, "1")
     assert generated(*warm, "1") != generated(*warm, "2")

@@ -16,7 +16,7 @@ ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance"
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
-    "models": {"torch", "transformers", "huggingface_hub", "bm25s", ".layers", ".ops"},
+    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops"},
     "data": {"*"},
     "provenance": {"*"},
     "pictures": {"*"},

@@ -420,6 +420,10 @@ def _generate(options: argparse.Namespace) -> int:
             f"prompt and new tokens are {length:,} tokens, but this model takes {limit:,} at most: "
             "shorten the prompt, or take a model with a memory"
         )
+    memory = {}
+    if hasattr(model, "memorize"):  # all but the last token, from which generate goes on
+        text = ids["input_ids"][:, :-1]
+        memory["past_key_values"] = model.memorize(text, progress=text.shape[1] > PREFILL_PIECE)
     # Its cache has another name, which generate's reading in pieces does not know.
     is_mamba = "cache_params" in inspect.signature(model.forward).parameters
     sampling = {}
@@ -435,6 +439,7 @@ def _generate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
         **sampling,
+        **memory,
         prefill_chunk_size=None if is_mamba else PREFILL_PIECE,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -1,10 +1,10 @@
 """What every model with a memory does the same way, whatever its layers are.
 
 A layer reads rows from where its state stopped and hands out a state: `BlockOutput`. Here: states in
-a cache, documents in rows of their own, gradients cut where that is wanted, and `generate`.
+a cache, documents in rows of their own, gradients cut where that is wanted, `memorize` and `generate`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
+from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
@@ -227,7 +228,7 @@ class StatefulDecoder:
         states: list[State | None] = [None] * self.num_states
         past = 0
         if cache is not None:
-            self._check_cache(cache, x.shape[0])
+            self.check_cache(cache, x.shape[0])
             states = [layer.state for layer in cache.layers]
             past = cache.get_seq_length()
         documents = _documents(x, attention_mask, position_ids, past, states[0] is not None)
@@ -294,8 +295,8 @@ class StatefulDecoder:
             return
         yield from cut_pieces(x, lengths, segments * self.config.segment_length)
 
-    def _check_cache(self, cache: Any, batch: int) -> None:
-        """Refuse a cache of another kind, model or batch."""
+    def check_cache(self, cache: Any, batch: int) -> None:
+        """Refuse, with a ValueError, a cache of another kind, model or batch."""
         if not isinstance(cache, MemoryCache):
             raise ValueError(
                 f"past_key_values must be a MemoryCache, got {type(cache).__name__}: pass None for an "
@@ -327,6 +328,17 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
+def _new_columns(attention_mask: Tensor, batch: int, tokens: int, past: int) -> Tensor:
+    """[B, T] of a mask that may have the past's columns first."""
+    shape = list(attention_mask.shape)
+    if shape not in ([batch, tokens], [batch, past + tokens]):
+        raise ValueError(
+            f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T] = "
+            f"{[batch, past + tokens]}, 1 at tokens and 0 at pads, got {shape}"
+        )
+    return attention_mask[:, shape[1] - tokens :]
+
+
 def _documents(
     x: Tensor,
     attention_mask: Tensor | None,
@@ -340,13 +352,7 @@ def _documents(
         return None
     real = torch.ones(batch, tokens, dtype=torch.bool)
     if attention_mask is not None:
-        shape = list(attention_mask.shape)
-        if shape not in ([batch, tokens], [batch, past + tokens]):
-            raise ValueError(
-                f"attention_mask must be [B, T] = {[batch, tokens]} or [B, past + T] = "
-                f"{[batch, past + tokens]}, 1 at tokens and 0 at pads, got {shape}"
-            )
-        real = attention_mask[:, shape[1] - tokens :].bool().cpu()
+        real = _new_columns(attention_mask, batch, tokens, past).bool().cpu()
     starts = torch.zeros_like(real)
     if position_ids is not None:
         if list(position_ids.shape) not in ([batch, tokens], [1, tokens]):
@@ -361,6 +367,7 @@ class StatefulCausalLM:
     """Mixin of causal language models, before all others: `model` is a `StatefulDecoder`."""
 
     config: Any
+    device: torch.device
     generation_config: Any
     generate: Callable[..., Any]
     loss_function: Callable[..., Tensor]
@@ -432,6 +439,52 @@ class StatefulCausalLM:
         mean = written.sum(1) / real[:, -labels.shape[1] :].sum(1).clamp(min=1)
         return cost * (mean * asked).sum() / (asked.sum() if items is None else items)
 
+    @torch.no_grad()  # not inference_mode, whose tensors a later call could not train through
+    def memorize(
+        self,
+        input_ids: Tensor | Iterable[Tensor],
+        past_key_values: MemoryCache | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        piece: int | None = None,
+        progress: bool | Told | None = None,
+    ) -> MemoryCache:
+        """Read a text for what is kept of it: in pieces, in memory that does not grow with the text,
+        without logits and without a graph. (Keys of `"full_attention"` layers do grow.)
+
+        Args:
+            input_ids: [B, T], on any device: a tensor or a numpy array, which may be a memmap; or an
+                iterable of such parts of a text that is not there at once, [B, any number] each.
+            past_key_values: the states to go on from; changed in place.
+            attention_mask: [B, T] or [B, past + T], 0 at pads on either side; not with an iterable.
+            piece: tokens of each row that are read in one call. Any number gives the same memory;
+                default: whole segments and chunks, 2,048 tokens or more (`default_piece`).
+            progress: True shows a bar on stderr; a function is called after each piece with the tokens
+                of each row that were read.
+
+        Returns the cache to go on from: by `generate_from`, another `memorize`, or a call, with
+        gradients too. Raises ValueError for ids, a mask or a cache that do not fit.
+        """
+        size = default_piece(self.config) if piece is None else piece
+        if size < 1:
+            raise ValueError(f"piece must be at least 1 token, got {piece}")
+        cache = MemoryCache(self.model.num_states) if past_key_values is None else past_key_values
+        length = text_length(input_ids)
+        if attention_mask is not None:
+            if length is None:
+                raise ValueError(
+                    "attention_mask goes with input_ids [B, T]: give the whole text as one tensor, or "
+                    "each part of it in a call of its own, with its part of the mask"
+                )
+            batch = len(input_ids)  # type: ignore[arg-type]
+            self.model.check_cache(cache, batch)
+            attention_mask = _new_columns(attention_mask, batch, length, cache.get_seq_length())
+        with show_reading(progress, length) as tell:
+            for ids, mask in cut_text(input_ids, attention_mask, size, self.device):
+                self.model(ids, mask, past_key_values=cache, output_hidden_states=False)
+                tell(ids.shape[1])
+        return cache.detach()
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -440,7 +493,8 @@ class StatefulCausalLM:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """`generate` carries the memory in our cache, unless the user brings one or wants none."""
+        """`generate` carries the memory in our cache, unless the user brings one or wants none, and
+        reads the prompt in pieces."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not hold a "
@@ -454,6 +508,13 @@ class StatefulCausalLM:
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = MemoryCache(self.model.num_states)
+        # transformers cuts ids alone, and gives the hidden states of the last piece alone.
+        given = {name for name, value in model_kwargs.items() if value is not None}
+        whole = "inputs_embeds" in given or generation_config.output_hidden_states
+        if "past_key_values" in given and not whole:
+            generation_config.prefill_chunk_size = (
+                generation_config.prefill_chunk_size or default_piece(self.config)
+            )
 
     def generate_from(
         self,
