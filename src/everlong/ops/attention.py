@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from everlong.ops.backend import native_takes
+from everlong.ops.native.attention import CausalAttention, attention_wins
 from everlong.ops.state import PerRow
 
 Prefix = tuple[Tensor, Tensor]  # keys and values that every token sees, [B, M, P, K] each
@@ -26,6 +28,8 @@ def full_attention(
     q: [B, N, T, K]; k, v: [B, M, (S + T) each, K] with N a multiple of M; `each` keys belong to one
     token. past: past tokens, for each row where rows differ; default S. Returns [B, N, T, K].
     """
+    if _native_does(q, k, v, past, prefix, each, 0):
+        return CausalAttention.apply(each, 0, q, k, v, *(prefix or (None, None)))
     mask = causal_mask(q, k.shape[2] // each, past, None, plain=each == 1)
     return _attend(q, k, v, None if mask is None else mask.repeat_interleave(each, -1), prefix)
 
@@ -43,6 +47,8 @@ def sliding_attention(
     As `full_attention`, in time and memory that grow with T * window: blocks of `window` queries
     look at two blocks of keys each.
     """
+    if _native_does(q, k, v, past, prefix, 1, window):
+        return CausalAttention.apply(1, window, q, k, v, *(prefix or (None, None)))
     tokens = q.shape[2]
     slots = k.shape[2] - tokens
     first = min(window, tokens)
@@ -67,6 +73,20 @@ def sliding_attention(
     rest = _attend(q, k, v, (column > row) & (column <= row + window), prefix)
     rest = rest.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
     return torch.cat([y, rest[:, :, : tokens - first]], 2)
+
+
+def _native_does(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: PerRow | None,
+    prefix: Prefix | None,
+    each: int,
+    window: int,
+) -> bool:
+    """Whether the native code takes it: all past slots hold a token, and blocks' scores stay small."""
+    whole = past is None or (isinstance(past, int) and past == k.shape[2] // each - q.shape[2])
+    return whole and attention_wins(k, window) and native_takes(q, k, v, *(prefix or ()))
 
 
 def causal_mask(

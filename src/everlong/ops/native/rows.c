@@ -5,93 +5,102 @@
 
 #define UNIT_EPS ((real)1e-6)
 
-typedef struct {
-    int64_t batch, tokens, width, taps, size, unit, threads;
-    Rows x, y, dx, dy;            /* [B, 1, T, N] */
-    const real *weight, *tail;    /* [N, J], [B, J - 1, N] */
-    real *dweight, *dtail;        /* [B, N, J], [B, J - 1, N] */
+typedef struct { /* a row's tokens are divided into `parts` */
+    int64_t batch, tokens, width, taps, size, unit, threads, parts;
+    Rows x, y, dx, dy;         /* [B, 1, T, N] */
+    const real *weight, *tail; /* [J, N], [B, J - 1, N] */
+    real *dweight, *dtail;     /* [B, parts, J, N], [B, J - 1, N] */
 } Conv;
 
 static inline real logistic(real x) { return 1 / (1 + exponential(-x)); }
 
-/* A row of a head's inputs, `back` tokens before t: of x or of the tail. */
-static inline const real *input_row(const Conv *s, int64_t b, int64_t first, int64_t at) {
-    if (at >= 0) return s->x.at + b * s->x.batch + at * s->x.row + first;
-    return s->tail + (b * (s->taps - 1) + at + s->taps - 1) * s->width + first;
-}
-
-static void convolve(const Conv *s, int64_t b, int64_t first, int64_t t, const real *taps, real *out) {
-    const int64_t n = s->size;
-    memset(out, 0, n * sizeof(real));
-    for (int64_t j = 0; j < s->taps; j++) {
-        const real *in = input_row(s, b, first, t - s->taps + 1 + j), *tap = taps + j * n;
-        EACH(int64_t i = 0; i < n; i++) out[i] += in[i] * tap[i];
+/* The inputs of token t, tap by tap: rows of x or of the tail. */
+static inline void inputs_of(const Conv *s, int64_t b, int64_t t, int64_t count, const real **in) {
+    for (int64_t j = 0; j < count; j++) {
+        const int64_t at = t - count + 1 + j;
+        in[j] = at >= 0 ? s->x.at + b * s->x.batch + at * s->x.row
+                        : s->tail + (b * (count - 1) + at + count - 1) * s->width;
     }
 }
 
-static void transpose_taps(const Conv *s, int64_t first, real *taps) {
-    for (int64_t j = 0; j < s->taps; j++)
-        for (int64_t i = 0; i < s->size; i++) taps[j * s->size + i] = s->weight[(first + i) * s->taps + j];
-}
-
-static void conv_forward(const Conv *s, int64_t b, int64_t first) {
-    const int64_t n = s->size;
-    real taps[s->taps * n], row[n];
-    transpose_taps(s, first, taps);
-    for (int64_t t = 0; t < s->tokens; t++) {
-        real *y = s->y.at + b * s->y.batch + t * s->y.row + first;
-        convolve(s, b, first, t, taps, row);
-        EACH(int64_t i = 0; i < n; i++) y[i] = row[i] * logistic(row[i]);
-        if (!s->unit) continue;
-        const real inverse = 1 / (real)sqrt((double)(dot(y, y, n) + UNIT_EPS));
-        EACH(int64_t i = 0; i < n; i++) y[i] *= inverse;
+/* n channels of the convolution's row: sums over the taps. */
+static inline void convolve(const real *const *in, const real *taps, int64_t count, int64_t width, int64_t first,
+                            int64_t n, real *restrict out) {
+    const real *x = in[0] + first, *tap = taps + first;
+    EACH(int64_t i = 0; i < n; i++) out[i] = x[i] * tap[i];
+    for (int64_t j = 1; j < count; j++) {
+        x = in[j] + first, tap = taps + j * width + first;
+        EACH(int64_t i = 0; i < n; i++) out[i] += x[i] * tap[i];
     }
 }
 
-static void conv_backward(const Conv *s, int64_t b, int64_t first) {
-    const int64_t n = s->size, reach = s->taps - 1;
-    real taps[s->taps * n], dtaps[s->taps * n], c[n], y[n], grad[n];
-    transpose_taps(s, first, taps);
-    memset(dtaps, 0, sizeof(dtaps));
-    for (int64_t j = 0; j < reach; j++)
-        memset(s->dtail + (b * reach + j) * s->width + first, 0, n * sizeof(real));
-    for (int64_t t = 0; t < s->tokens; t++) {
-        const real *dy = s->dy.at + b * s->dy.batch + t * s->dy.row + first;
-        convolve(s, b, first, t, taps, c);
-        EACH(int64_t i = 0; i < n; i++) y[i] = c[i] * logistic(c[i]);
-        const real inverse = s->unit ? 1 / (real)sqrt((double)(dot(y, y, n) + UNIT_EPS)) : 1;
-        const real along = s->unit ? dot(dy, y, n) * inverse * inverse : 0;
-        EACH(int64_t i = 0; i < n; i++) {
-            const real share = logistic(c[i]);
-            grad[i] = (dy[i] - along * y[i]) * inverse * share * (1 + c[i] * (1 - share));
+/* Tokens begin ... end - 1. */
+static void forward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, int64_t part) {
+    const int64_t count = s->taps, n = s->size;
+    const real *in[count];
+    real row[n];
+    (void)part;
+    for (int64_t t = begin; t < end; t++) {
+        inputs_of(s, b, t, count, in);
+        for (int64_t first = 0; first < s->width; first += n) {
+            real *y = s->y.at + b * s->y.batch + t * s->y.row + first;
+            convolve(in, s->weight, count, s->width, first, n, row);
+            EACH(int64_t i = 0; i < n; i++) row[i] *= logistic(row[i]);
+            const real inverse = s->unit ? 1 / (real)sqrt((double)(dot(row, row, n) + UNIT_EPS)) : 1;
+            EACH(int64_t i = 0; i < n; i++) y[i] = row[i] * inverse;
         }
-        for (int64_t j = reach; j >= 0; j--) {
-            const int64_t at = t - reach + j;
-            const real *in = input_row(s, b, first, at), *tap = taps + j * n;
-            real *dtap = dtaps + j * n;
-            real *to = at >= 0 ? s->dx.at + b * s->dx.batch + at * s->dx.row + first
-                               : s->dtail + (b * reach + at + reach) * s->width + first;
-            if (j == reach) EACH(int64_t i = 0; i < n; i++) to[i] = 0;
+    }
+}
+
+/* Gradients of x in tokens begin ... end - 1 (of the tail before token 0), and of the taps there. The
+ * first tokens of the next part give to x here: they are computed by both. */
+static void backward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, int64_t part) {
+    const int64_t count = s->taps, n = s->size, reach = count - 1;
+    const int64_t last = end + reach < s->tokens ? end + reach : s->tokens;
+    real *dtaps = s->dweight + part * count * s->width, y[n], slope[n], grad[n];
+    const real *in[count];
+    memset(dtaps, 0, count * s->width * sizeof(real));
+    if (!begin) memset(s->dtail + b * reach * s->width, 0, reach * s->width * sizeof(real));
+    for (int64_t t = begin; t < last; t++) {
+        const real *all = s->dy.at + b * s->dy.batch + t * s->dy.row;
+        inputs_of(s, b, t, count, in);
+        for (int64_t first = 0; first < s->width; first += n) {
+            const real *dy = all + first;
+            convolve(in, s->weight, count, s->width, first, n, y);
             EACH(int64_t i = 0; i < n; i++) {
-                dtap[i] += grad[i] * in[i];
-                to[i] += grad[i] * tap[i];
+                const real share = logistic(y[i]);
+                slope[i] = share * (1 + y[i] * (1 - share));
+                y[i] *= share;
+            }
+            const real inverse = s->unit ? 1 / (real)sqrt((double)(dot(y, y, n) + UNIT_EPS)) : 1;
+            const real along = s->unit ? dot(dy, y, n) * inverse * inverse : 0;
+            EACH(int64_t i = 0; i < n; i++) grad[i] = (dy[i] - along * y[i]) * inverse * slope[i];
+            for (int64_t j = reach; j >= 0; j--) {
+                const int64_t at = t - reach + j;
+                const real *from = in[j] + first, *tap = s->weight + j * s->width + first;
+                real *dtap = dtaps + j * s->width + first;
+                real *to = at >= 0 ? s->dx.at + b * s->dx.batch + at * s->dx.row + first
+                                   : s->dtail + (b * reach + at + reach) * s->width + first;
+                if (t < end) EACH(int64_t i = 0; i < n; i++) dtap[i] += grad[i] * from[i];
+                if (j == reach && t < end) EACH(int64_t i = 0; i < n; i++) to[i] = grad[i] * tap[i];
+                else if (at < end && (at >= begin || !begin)) EACH(int64_t i = 0; i < n; i++) to[i] += grad[i] * tap[i];
             }
         }
     }
-    for (int64_t j = 0; j < s->taps; j++)
-        for (int64_t i = 0; i < n; i++)
-            s->dweight[(b * s->width + first + i) * s->taps + j] = dtaps[j * n + i];
 }
 
-static int64_t conv(const Conv *s, void (*work)(const Conv *, int64_t, int64_t)) {
-    const int64_t heads = s->width / s->size;
-#pragma omp parallel for num_threads((int)s->threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < s->batch * heads; i++) work(s, i / heads, i % heads * s->size);
+static int64_t conv(const Conv *s, void (*work)(const Conv *, int64_t, int64_t, int64_t, int64_t)) {
+    const int64_t each = (s->tokens + s->parts - 1) / s->parts;
+#pragma omp parallel for num_threads((int)s->threads) schedule(static, 1)
+    for (int64_t i = 0; i < s->batch * s->parts; i++) {
+        const int64_t begin = i % s->parts * each < s->tokens ? i % s->parts * each : s->tokens;
+        work(s, i / s->parts, begin, begin + each < s->tokens ? begin + each : s->tokens, i);
+    }
     return 0;
 }
 
-int64_t everlong_conv_forward(const Conv *s) { return conv(s, conv_forward); }
-int64_t everlong_conv_backward(const Conv *s) { return conv(s, conv_backward); }
+int64_t everlong_conv_forward(const Conv *s) { return conv(s, forward_part); }
+int64_t everlong_conv_backward(const Conv *s) { return conv(s, backward_part); }
 
 /* y = weight x / rms(x), and then times silu(gate) where there is one; rows [R, N], weight [N]. */
 typedef struct {

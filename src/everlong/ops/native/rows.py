@@ -14,15 +14,17 @@ class _Conv(ctypes.Structure):
     """`Conv` of rows.c."""
 
     _fields_ = [
-        *integers("batch tokens width taps size unit threads"),
+        *integers("batch tokens width taps size unit threads parts"),
         *((name, Rows) for name in ("x", "y", "dx", "dy")),
         *pointers("weight tail dweight dtail"),
     ]
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> "_Conv":
-        """For x [B, T, N], weight [N, J] and tail [B, J-1, N]."""
-        conv = cls(*x.shape, weight.shape[1], size, unit, torch.get_num_threads())
+        """For x [B, T, N], weight [J, N] and tail [B, J-1, N]."""
+        threads = torch.get_num_threads()
+        parts = min(threads, -(-x.shape[1] // 64))
+        conv = cls(*x.shape, len(weight), size, unit, threads, parts)
         conv.x = Rows.of(x.unsqueeze(1))
         conv.weight, conv.tail = weight.data_ptr(), tail.data_ptr()
         return conv
@@ -36,7 +38,7 @@ class ConvSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> Tensor:
-        x, weight, tail = dense(x), weight.contiguous(), tail.contiguous()
+        x, weight, tail = dense(x), weight.mT.contiguous(), tail.contiguous()
         y = x.new_empty(x.shape)
         conv = _Conv.of(x, weight, tail, size, unit)
         conv.y = Rows.of(y.unsqueeze(1))
@@ -50,12 +52,12 @@ class ConvSilu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, tail = ctx.saved_tensors
         dy, dx, dtail = dense(dy), x.new_empty(x.shape), torch.empty_like(tail)
-        dweight = x.new_empty(x.shape[0], *weight.shape)
         conv = _Conv.of(x, weight, tail, ctx.size, ctx.unit)
+        dweight = x.new_empty(x.shape[0] * conv.parts, *weight.shape)
         conv.dx, conv.dy = Rows.of(dx.unsqueeze(1)), Rows.of(dy.unsqueeze(1))
         conv.dweight, conv.dtail = dweight.data_ptr(), dtail.data_ptr()
         library(x.dtype).call("everlong_conv_backward", conv)
-        return dx, dweight.sum(0), dtail, None, None
+        return dx, dweight.sum(0).mT, dtail, None, None
 
 
 class _Norm(ctypes.Structure):
