@@ -7,6 +7,7 @@ gradients, and before a model has read a text in pieces as it reads it at once.
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 FLOAT64, FLOAT32 = "float64", "float32"
@@ -51,7 +52,9 @@ def gate(errors: dict[str, float], tolerance: Callable[[str], float]) -> dict[st
         for what in wrong:
             print(f"{what}: error {errors[what]:.1e}, at most {tolerance(what):.0e}", file=sys.stderr)
         sys.exit("wrong results: nothing was timed")
-    print(f"Checked against the reference: {len(errors)} cases, largest error {max(errors.values()):.0e}")
+    print(
+        f"Checked against the reference: {len(errors)} cases, largest error {max(errors.values()):.0e}"
+    )
     return errors
 
 
@@ -78,7 +81,7 @@ def op_inputs(dtype: str, depth: int, device: str) -> list[Any]:
         values = scale * torch.randn(*dims, dtype=torch.float64, generator=generator)
         return values.to(device, getattr(torch, dtype))
 
-    shapes = [(batch, heads, *pair) for pair in zip(sizes, sizes[1:], strict=False)]
+    shapes = [(batch, heads, *pair) for pair in pairwise(sizes)]
     return [
         *[random(batch, tokens, heads, size, scale=size**-0.5) for _ in range(3)],
         *[random(batch, tokens, heads, depth) for _ in range(3)],
@@ -121,7 +124,8 @@ def largest_error(got: Sequence[Any], want: Sequence[Any]) -> float:
     import torch
 
     errors = [
-        (g.detach().double() - w.detach().double()).abs().max() / w.detach().abs().max().clamp(min=1e-30)
+        (g.detach().double() - w.detach().double()).abs().max()
+        / w.detach().abs().max().clamp(min=1e-30)
         for g, w in zip(got, want, strict=True)
     ]
     return float(torch.stack(errors).max())  # which keeps NaN, unlike Python's max
@@ -133,6 +137,7 @@ def reading_error(kind: str, device: str) -> float:
     import copy
 
     import torch
+
     from contenders import TINY_SIZES, build_model
 
     torch.manual_seed(0)

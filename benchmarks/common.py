@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def save(options: Any, say: bool = False) -> Path:
     return path
 
 
-def load(name: str, folder: Path, device: str = "cpu", size: str | None = None) -> dict[str, Any] | None:
+def load(
+    name: str, folder: Path, device: str = "cpu", size: str | None = None
+) -> dict[str, Any] | None:
     """The newest record of a benchmark, of a size; None if there is none.
 
     Without a size: the newest full one, or the newest quick one if there is no full one.
@@ -241,7 +245,7 @@ def memory_operations(
     """
     hidden = expansion * head_dim
     sizes = [head_dim, *[hidden] * (depth - 1), head_dim]
-    layers = list(zip(sizes, sizes[1:], strict=False))
+    layers = list(pairwise(sizes))
     weights = [wide * narrow for wide, narrow in layers]
     products = 10 * sum(weights) + 2 * (sum(weights) - weights[0])
     within = sum(2 * chunk * (wide + narrow) for wide, narrow in layers) + 2 * depth * chunk**2
@@ -276,10 +280,9 @@ class PeakMemory:
 
 def reset_peak() -> None:
     """Let the highest resident size start at the present one, where the system can do that."""
-    try:
+    # Where it cannot, only what goes above the peak of the imports is seen.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then only what goes above the peak of the imports is seen
 
 
 def peak_bytes() -> int:

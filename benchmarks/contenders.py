@@ -6,7 +6,6 @@ chunk and read the weights of the chunk's start. Mamba2 and Gated DeltaNet are t
 `transformers`: their state is a matrix, where the memory here is a network.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,69 +321,3 @@ def memory_arguments(sizes: ModelSizes) -> dict[str, Any]:
     heads = sizes.memory_heads
     head_dim = sizes.hidden_size // heads
     return {"heads": heads, "dim_head": head_dim, "default_model_kwargs": network_of(sizes)}
-
-
-def loss_of(name: str, model: Any) -> Callable[[Any], Any]:
-    """The loss of ids [B, T]; a model that takes the last token for a label gets one more."""
-    if name == "titans-pytorch-mac":
-        return lambda ids: model(with_label(ids), return_loss=True)
-    if name.startswith("open-titans"):
-        return lambda ids: model(with_label(ids), return_loss=True).loss
-    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def with_label(ids: Any) -> Any:
-    """Ids and one more."""
-    import torch
-
-    return torch.cat([ids, ids[:, :1]], 1)
-
-
-def training_step(name: str, model: Any, batch: int, tokens: int, vocabulary: int, device: str) -> Step:
-    """Forward, loss, backward, AdamW, zero_grad on random tokens."""
-    import torch
-
-    model = model.to(device).train()
-    for parameter in model.parameters():
-        # The heads of titans-pytorch and OpenTitans start as one piece of memory; AdamW wants their own.
-        parameter.data = parameter.data.contiguous()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(vocabulary, (batch, tokens), device=device)
-    loss = loss_of(name, model)
-
-    def step() -> None:
-        loss(ids).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def read_text(model: Any, ids: Any, cache: Any = None) -> Any:
-    """Read ids [B, T] for what is kept of them; the cache to go on from."""
-    if hasattr(model, "memorize"):
-        return model.memorize(ids, cache)
-    for piece in ids.split(4096, 1):
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return cache
-
-
-def decode(model: Any, cache: Any, ids: Any) -> Any:
-    """Read ids [B, T] token by token, as generation does; the cache to go on from."""
-    for token in ids.split(1, 1):
-        cache = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return cache
-
-
-def bytes_of(cache: Any) -> int:
-    """What a cache of everlong or of `transformers` keeps in memory, each piece once."""
-    from torch.utils._pytree import tree_leaves
-
-    kept = {}
-    for layer in cache.layers:
-        held = [layer.state] if hasattr(layer, "state") else [layer.keys, layer.values]
-        for leaf in tree_leaves(held):
-            if hasattr(leaf, "untyped_storage"):
-                storage = leaf.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-    return sum(kept.values())

@@ -32,7 +32,8 @@ from common import (
     time_in_turns,
     told,
 )
-from contenders import TINY_SIZES, TITANS, ModelSizes, build_model, bytes_of, decode, read_text
+from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
+from reading import bytes_of, decode, memory_now, read_text
 
 POSITIONS = {
     "tiny": (20, 100),
@@ -137,17 +138,6 @@ def measure_positions(
     ]
 
 
-def memory_now(device: str) -> int:
-    """Resident bytes of this process, or allocated ones of the GPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated()
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 def measure_turns(
     kinds: Sequence[str], sizes: dict[str, Any], context: int, rows: int, rounds: int, device: str
 ) -> dict[str, Any]:
@@ -164,7 +154,9 @@ def measure_turns(
             if kind == LLAMA:
                 cache = filled_cache(model, rows, context)
             else:
-                cache = read_text(model, torch.randint(shape.vocabulary, (rows, context), device=device))
+                cache = read_text(
+                    model, torch.randint(shape.vocabulary, (rows, context), device=device)
+                )
             state[kind] = bytes_of(cache)
             steps[kind] = block_step(model, cache, rows, shape.vocabulary, kind == LLAMA)
         samples = time_in_turns(steps, rounds, device)
@@ -172,7 +164,9 @@ def measure_turns(
         "context": context,
         "rows": rows,
         "seconds_per_token": {kind: spread([s / BLOCK for s in samples[kind]]) for kind in kinds},
-        "tokens_per_second": {kind: spread([rows * BLOCK / s for s in samples[kind]]) for kind in kinds},
+        "tokens_per_second": {
+            kind: spread([rows * BLOCK / s for s in samples[kind]]) for kind in kinds
+        },
         "state_bytes": state,
         "samples": samples,
     }

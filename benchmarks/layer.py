@@ -96,7 +96,7 @@ def memory_of(name: str, case: Mapping[str, Any], device: str) -> int:
     if name == RIVAL:
         import titans_pytorch  # noqa: F401
     elif name == OURS:
-        import everlong  # noqa: F401
+        import everlong
     else:
         import transformers.models.qwen3_next.modeling_qwen3_next  # noqa: F401
 

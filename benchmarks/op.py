@@ -12,6 +12,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from checks import backends, check_op, use_backend
@@ -149,7 +150,7 @@ def op_step(case: OpCase, backend: str, device: str) -> Step:
     sizes = [case.head_dim, *[hidden] * (case.depth - 1), case.head_dim]
     weights = [
         torch.randn(case.batch, case.heads, *pair, device=device) * pair[0] ** -0.5
-        for pair in zip(sizes, sizes[1:], strict=False)
+        for pair in pairwise(sizes)
     ]
     scale = torch.ones(case.heads, case.head_dim, device=device)
     inputs = [q.contiguous(), k.contiguous(), v.contiguous(), *gates, *weights, scale]

@@ -52,7 +52,8 @@ def training(record: Record) -> Any:
     speeds, peaks = found["tokens_per_second"], found["peak_bytes_above_imports"]
     order = sorted(speeds, key=lambda name: -speeds[name]["median"])
     bars(axes[0], order, lambda name: speeds[name], EVERLONG_MODELS)
-    bars(axes[1], order, lambda name: scaled(peaks[name], MIB), EVERLONG_MODELS)
+    measured = [name for name in order if name in peaks]
+    bars(axes[1], measured, lambda name: scaled(peaks[name], MIB), EVERLONG_MODELS)
     axes[0].set_xlabel(f"tokens/s, training at {found['batch']} x {found['tokens']:,}")
     axes[1].set_xlabel("peak memory, MiB")
     axes[0].set_title("everlong in blue", fontsize=10, color=OWN, loc="left")
@@ -72,7 +73,9 @@ def bars(
     ]
     colours = [OWN if name in own else OTHER for name in names]
     places = range(len(names))
-    axes.barh(places, medians, color=colours, xerr=errors, error_kw={"elinewidth": 1, "ecolor": "#444444"})
+    axes.barh(
+        places, medians, color=colours, xerr=errors, error_kw={"elinewidth": 1, "ecolor": "#444444"}
+    )
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(each["max"] for each in spreads))
@@ -154,7 +157,7 @@ def streaming(record: Record) -> Any:
         axes[0].plot(tokens, speeds, label=f"everlong {kind}", **style)
         axes[1].plot(tokens, [each / MIB for each in memory], label=f"everlong {kind}", **style)
     for each, label in zip(axes, ("tokens/s", "resident memory, MiB"), strict=True):
-        each.set_ylim(bottom=0)
+        each.set_ylim(0, 1.15 * each.get_ylim()[1])
         each.set_xlabel("tokens read")
         each.set_ylabel(label)
         each.grid(axis="y", alpha=0.25)
@@ -180,8 +183,10 @@ def curves(
         axes[0].fill_between(x, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
         ends.append((x[-1], middle[-1], name, look(i)))
     logarithmic(axes[0], sorted({x for points in found.values() for x, _ in points}))
-    axes[0].set_yscale(vertical)
-    if vertical == "linear":
+    if vertical == "log":
+        axes[0].set_yscale("log", base=2)
+        axes[0].minorticks_off()
+    else:
         axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
     axes[0].grid(axis="y", alpha=0.25)

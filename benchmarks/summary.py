@@ -108,7 +108,9 @@ def layer_bars() -> list[Bar]:
             Bar(f"layer, {name}: speed over {rival}", "layer", speed(i), bar)
             for i, (name, bar) in enumerate(zip(names, (2.5, 3.0, 8.0), strict=True))
         ],
-        Bar(f"layer, {names[0]}: of the products' rate", "layer", product_share, 0.42, False, ".0%", ""),
+        Bar(
+            f"layer, {names[0]}: of the products' rate", "layer", product_share, 0.42, False, ".0%", ""
+        ),
         *[
             Bar(f"layer, {name}: memory over {rival}'s", "layer", memory(i), 0.25, True)
             for i, name in enumerate(names)
@@ -172,6 +174,8 @@ def show(records: Mapping[str, Record | None]) -> None:
     known = [record for record in records.values() if record]
     cuda = any(record["device"] == "cuda" for record in known)
     bars = "bars, which are meant for two CPU cores" if cuda else "bars"
+    if any(record["size"] == "tiny" for record in known):
+        bars += "; tiny sizes, to try the code, say nothing"
     heads = ["medians of ratios within a round", OURS, "bar", ""]
     table(f"The figures beside their {bars}", heads, rows_of(records))
     for record in known:

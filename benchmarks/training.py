@@ -6,11 +6,11 @@
   vocabulary 256; `contenders.py` says what else. Models of equal width have not equally many
   parameters: the record tells how many.
 - Over lengths, MAG is set beside a full-attention Llama of as many parameters, whose MLP is wider.
-- A contender that fails is told and left out.
+- A contender that fails is told and left out. Memory is measured of a few alone, of all with --full.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -42,7 +42,6 @@ from contenders import (
     quiet_transformers,
     same_size_llama,
     titans_config,
-    training_step,
 )
 
 BASE, RIVAL = "llama", "titans-pytorch-mac"
@@ -55,6 +54,11 @@ LENGTHS = {
 }
 LONG, LONG_ROUNDS = 8192, 3  # from so many tokens on, so many samples suffice
 MEMORY_RUNS = {"tiny": 1, "quick": 1, "full": 3}
+MEMORY_OF = {  # starting a process takes seconds
+    "tiny": (BASE, "mac", RIVAL),
+    "quick": (BASE, "mac", "mag", "lmm", RIVAL),
+    "full": MODELS,
+}
 PARTS = ("models", "lengths")
 
 
@@ -85,16 +89,22 @@ def measure_models(names: Sequence[str], sizes: ModelSizes, options: Any) -> dic
     """Peak memory of each in processes of their own, then their times in turns."""
     device, (batch, tokens) = options.device, BATCH[options.size]
     steps: dict[str, Step] = {}
-    memory, parameters = {}, {}
+    memory: dict[str, list[int]] = {}
+    parameters = {}
     for name in names:
         arguments = (name, asdict(sizes), batch, tokens, device)
+        runs = range(MEMORY_RUNS[options.size] if name in MEMORY_OF[options.size] else 0)
         try:
-            runs = range(MEMORY_RUNS[options.size])
-            memory[name] = [fresh_process("training", "memory_of", *arguments) for _ in runs]
-            steps[name], parameters[name] = model_step(name, sizes, batch, tokens, device)
+            peaks = [fresh_process("training", "memory_of", *arguments) for _ in runs]
+            step, count = model_step(name, sizes, batch, tokens, device)
+            if not peaks:
+                step()  # whether it works
         except Exception as error:
             print(f"{name} left out: {error}", file=sys.stderr)
-            memory.pop(name, None)
+            continue
+        steps[name], parameters[name] = step, count
+        if peaks:
+            memory[name] = peaks
     steps[MATRIX] = matrix_product(device)
     samples = time_in_turns(steps, options.rounds, device)
     return {
@@ -106,9 +116,7 @@ def measure_models(names: Sequence[str], sizes: ModelSizes, options: Any) -> dic
     }
 
 
-def model_step(
-    name: str, sizes: ModelSizes, batch: int, tokens: int, device: str
-) -> tuple[Step, int]:
+def model_step(name: str, sizes: ModelSizes, batch: int, tokens: int, device: str) -> tuple[Step, int]:
     """A training step of a model, and how many parameters that has."""
     import torch
 
@@ -118,26 +126,68 @@ def model_step(
     return step, sum(parameter.numel() for parameter in model.parameters())
 
 
+def loss_of(name: str, model: Any) -> Callable[[Any], Any]:
+    """The loss of ids [B, T]; a model that takes the last token for a label gets one more."""
+    if name == "titans-pytorch-mac":
+        return lambda ids: model(with_label(ids), return_loss=True)
+    if name.startswith("open-titans"):
+        return lambda ids: model(with_label(ids), return_loss=True).loss
+    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def with_label(ids: Any) -> Any:
+    """Ids and one more."""
+    import torch
+
+    return torch.cat([ids, ids[:, :1]], 1)
+
+
+def training_step(name: str, model: Any, batch: int, tokens: int, vocabulary: int, device: str) -> Step:
+    """Forward, loss, backward, AdamW, zero_grad on random tokens."""
+    import torch
+
+    model = model.to(device).train()
+    for parameter in model.parameters():
+        # Heads of titans-pytorch and OpenTitans share memory at first; AdamW wants their own.
+        parameter.data = parameter.data.contiguous()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(vocabulary, (batch, tokens), device=device)
+    loss = loss_of(name, model)
+
+    def step() -> None:
+        loss(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def memory_of(name: str, sizes: Mapping[str, Any], batch: int, tokens: int, device: str) -> int:
     """Peak bytes of a few steps above what the imports left; for a process of its own."""
     # A small step first: it brings in whatever else is imported late.
     model_step(name, TINY_SIZES, *BATCH["tiny"], device)[0]()
-    return peak_of_steps(lambda: model_step(name, ModelSizes(**sizes), batch, tokens, device)[0], device)
+    return peak_of_steps(
+        lambda: model_step(name, ModelSizes(**sizes), batch, tokens, device)[0], device
+    )
 
 
 def summarise(
-    tokens: int, samples: Mapping[str, Sequence[float]], memory: Mapping[str, Sequence[int]], device: str
+    tokens: int,
+    samples: Mapping[str, Sequence[float]],
+    memory: Mapping[str, Sequence[int]],
+    device: str,
 ) -> dict[str, Any]:
     """What the table shows, from the samples."""
     peaks = {name: spread(runs) for name, runs in memory.items()}
+    names = [name for name in samples if name != MATRIX]
     found: dict[str, Any] = {
         "matrix_product_rate": product_rate(samples[MATRIX], device),
-        "tokens_per_second": {name: spread([tokens / s for s in samples[name]]) for name in memory},
+        "tokens_per_second": {name: spread([tokens / s for s in samples[name]]) for name in names},
         "peak_bytes_above_imports": peaks,
     }
     for base in (BASE, RIVAL):
-        if base in memory:
-            found[f"speed_over_{base}"] = {name: ratio(samples, name, base) for name in memory}
+        if base in names:
+            found[f"speed_over_{base}"] = {name: ratio(samples, name, base) for name in names}
     if BASE in peaks:
         base_peak = peaks[BASE]["median"]
         found["bytes_above_llama"] = {name: peak["median"] - base_peak for name, peak in peaks.items()}
@@ -173,6 +223,7 @@ def show_models(found: Mapping[str, Any]) -> None:
     rows = []
     for name, speed in found["tokens_per_second"].items():
         above = found.get("bytes_above_llama", {}).get(name)
+        peak = found["peak_bytes_above_imports"].get(name)
         rows.append(
             [
                 name,
@@ -182,7 +233,7 @@ def show_models(found: Mapping[str, Any]) -> None:
                     told(found.get(f"speed_over_{base}", {}).get(name), ".2f", "x")
                     for base in (BASE, RIVAL)
                 ),
-                f"{found['peak_bytes_above_imports'][name]['median'] / MIB:,.0f}",
+                "-" if peak is None else f"{peak['median'] / MIB:,.0f}",
                 "-" if above is None else f"{above / MIB:+,.0f}",
             ]
         )
