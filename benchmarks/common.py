@@ -67,6 +67,7 @@ def begin(name: str, made: argparse.ArgumentParser, arguments: Sequence[str] | N
         options.rounds = options.default_rounds[options.size]
     import torch
 
+    from everlong.ops import current_backend
     from everlong.provenance import provenance
 
     if not has_device(options.device):
@@ -79,6 +80,7 @@ def begin(name: str, made: argparse.ArgumentParser, arguments: Sequence[str] | N
         "size": options.size,
         "device": options.device,
         "rounds": options.rounds,
+        "backend": current_backend(),
         **provenance(),
         "rivals": {rival: version_of(rival) for rival in RIVALS},
         "load_before": load,

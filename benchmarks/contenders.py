@@ -11,6 +11,9 @@ from typing import Any
 
 from common import OURS, Step, memory_operations
 
+# The most that a step of titans-pytorch's or OpenTitans' memory takes. At 1, which they have by
+# themselves, they may overflow within a text of random tokens; the work is the same.
+RIVAL_RATE = 0.1
 TITANS = ("lmm", "mac", "mag", "mal")
 LAYERS = (OURS, "titans-pytorch", "mamba2", "gated-deltanet")
 MODELS = (
@@ -124,6 +127,7 @@ def build_layer(name: str, case: LayerCase) -> Any:
             dim_head=case.head_dim,
             chunk_size=case.chunk_size,
             batch_size=case.chunk_size,
+            default_step_transform_max_lr=RIVAL_RATE,
             default_model_kwargs=network_of(case),
         )
     if name == "mamba2":
@@ -320,4 +324,9 @@ def memory_arguments(sizes: ModelSizes) -> dict[str, Any]:
     """The memory of a layer as titans-pytorch and OpenTitans have it."""
     heads = sizes.memory_heads
     head_dim = sizes.hidden_size // heads
-    return {"heads": heads, "dim_head": head_dim, "default_model_kwargs": network_of(sizes)}
+    return {
+        "heads": heads,
+        "dim_head": head_dim,
+        "default_step_transform_max_lr": RIVAL_RATE,
+        "default_model_kwargs": network_of(sizes),
+    }

@@ -33,7 +33,7 @@ from common import (
     told,
 )
 from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
-from reading import bytes_of, decode, memory_now, read_text
+from reading import bytes_of, decode, memory_now
 
 POSITIONS = {
     "tiny": (20, 100),
@@ -101,7 +101,7 @@ def measure_positions(
     def read(tokens: int, cache: Any = None) -> Any:
         """In blocks, so that no long text is held."""
         for start in range(0, tokens, 8192):
-            cache = read_text(model, random_ids(min(8192, tokens - start)), cache)
+            cache = model.memorize(random_ids(min(8192, tokens - start)), cache)
         return cache
 
     def resident_after(cache: Any) -> int:
@@ -154,9 +154,7 @@ def measure_turns(
             if kind == LLAMA:
                 cache = filled_cache(model, rows, context)
             else:
-                cache = read_text(
-                    model, torch.randint(shape.vocabulary, (rows, context), device=device)
-                )
+                cache = model.memorize(torch.randint(shape.vocabulary, (rows, context), device=device))
             state[kind] = bytes_of(cache)
             steps[kind] = block_step(model, cache, rows, shape.vocabulary, kind == LLAMA)
         samples = time_in_turns(steps, rounds, device)

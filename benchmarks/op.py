@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from checks import backends, check_op, use_backend
+from checks import backends, check_op
 from common import (
     MATRIX,
     Step,
@@ -136,7 +136,7 @@ def op_step(case: OpCase, backend: str, device: str) -> Step:
     """A call of the op on random input, with gates as a fresh model has them."""
     import torch
 
-    from everlong.ops import NeuralMemoryState, chunk_neural_memory
+    from everlong.ops import NeuralMemoryState, chunk_neural_memory, use_backend
 
     torch.manual_seed(0)
     piece = min(case.tokens, CALL)

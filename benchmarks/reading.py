@@ -1,15 +1,6 @@
-"""Reading a text at once and token by token, and what is kept of it."""
+"""Reading a text token by token, and what is kept of it."""
 
 from typing import Any
-
-
-def read_text(model: Any, ids: Any, cache: Any = None) -> Any:
-    """Read ids [B, T] for what is kept of them; the cache to go on from."""
-    if hasattr(model, "memorize"):
-        return model.memorize(ids, cache)
-    for piece in ids.split(4096, 1):
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return cache
 
 
 def decode(model: Any, cache: Any, ids: Any) -> Any:

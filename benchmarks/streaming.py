@@ -21,7 +21,7 @@ from typing import Any
 from checks import check_reading
 from common import MIB, begin, parser, save, seconds_of, spread, table, told
 from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
-from reading import memory_now, read_text
+from reading import memory_now
 
 TOKENS = {"tiny": 640, "quick": 300_000, "full": 2_000_000}
 BLOCK = {"tiny": 64, "quick": 10_000, "full": 10_000}
@@ -82,7 +82,7 @@ def read_on(kind: str, sizes: dict[str, Any], tokens: int, block: int, device: s
 
     def read() -> None:
         nonlocal cache
-        cache = read_text(model, torch.randint(shape.vocabulary, (1, block), device=device), cache)
+        cache = model.memorize(torch.randint(shape.vocabulary, (1, block), device=device), cache)
 
     with torch.inference_mode():
         for _ in range(tokens // block):
