@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check format test test-slow demo demo-full bench bench-decode bench-data clean
+.PHONY: help install check format test test-slow demo demo-full bench bench-full bench-gpu bench-data clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,11 +41,14 @@ demo: $(DEV) ## train a memory and a Transformer, find needles with both, draw r
 demo-full: $(DEV) ## the demo up to 128K tokens, with full attention and three seeds
 	$(BIN)/everlong demo --full
 
-bench: $(BENCH) ## speed and memory beside the rivals; results go to benchmarks/results
-	$(BIN)/python benchmarks/neural_memory.py
+bench: $(BENCH) ## speed and memory beside the rivals, about 5 minutes on two cores
+	$(BIN)/python benchmarks/run.py
 
-bench-decode: $(DEV) ## time and memory of a token at position 1,000 and at 100,000
-	$(BIN)/python benchmarks/decode.py
+bench-full: $(BENCH) ## the same over all sizes and up to millions of tokens, hours; draws docs/images
+	$(BIN)/python benchmarks/run.py --full --images docs/images
+
+bench-gpu: $(BENCH) ## the same as bench on a GPU, if there is one
+	$(BIN)/python benchmarks/run.py --device cuda
 
 bench-data: $(DEV) ## speed and memory of tokenising and of the data set
 	$(BIN)/python benchmarks/data.py

@@ -1,132 +1,246 @@
-"""One token at a time at position 1,000 and at position 100,000: time and resident memory.
+"""One token at a time: at position 1,000 and far on, in batches, and beside Llama with its cache.
 
-`make bench-decode`, or `python benchmarks/decode.py --help`. Notable here:
+`python benchmarks/decode.py --help`. Notable here:
 
-- Each kind of layer has a process of its own, which reads on and on; its resident memory is taken at
-  the first position, after some tokens were decoded there, and at the last.
-- Another text as long is read before: pieces of many sizes leave holes in the heap of the C library,
-  which fill up over tens of thousands of tokens and belong to no position.
-- The time of a token is taken from two caches in turn, one at each position, so that a busy machine
-  slows both; medians of blocks of tokens.
+- Each kind of layer has a process of its own, which reads on and on. Its resident memory is taken at
+  each position, after some tokens were decoded there. The places for all caches are taken before.
+- Another text is read first: pieces of many sizes leave holes in the heap of the C library, which fill
+  up over tens of thousands of tokens and belong to no position.
+- Positions are moved up to where segments and chunks stand as at the first: a state that is the same
+  size at every such place can be told from one that grows.
+- Llama's cache (`DynamicCache`) is not read but filled with random keys and values of its shape: that
+  costs the same a token. After each sample it is cut back to its length.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
+import math
 import sys
-import time
-from datetime import date
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-KINDS = ("lmm", "mac", "mag", "mal")
-RESULTS = Path(__file__).parent / "results"
-PIECE = 1000  # tokens a call while reading
+from checks import check_reading
+from common import (
+    MIB,
+    Step,
+    begin,
+    fresh_process,
+    parser,
+    ratio,
+    save,
+    spread,
+    table,
+    time_in_turns,
+    told,
+)
+from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
+from reading import bytes_of, decode, memory_now
+
+POSITIONS = {
+    "tiny": (20, 100),
+    "quick": (1_000, 100_000),
+    "full": (1_000, 10_000, 100_000, 1_000_000),
+}
+CONTEXTS = {"tiny": (16, 64), "quick": (1024, 32768), "full": (1024, 4096, 16384, 32768, 131072)}
+ROWS = {"tiny": (1, 2), "quick": (1, 4, 16), "full": (1, 4, 16)}
+KINDS = {"tiny": ("lmm", "mac"), "quick": ("mac",), "full": TITANS}
 BLOCK = 32  # tokens a sample
-MIB = 2**20
+HEAP_TOKENS = 100_000  # read before, for the heap
+LLAMA = "llama"
 
 
-def main() -> None:
-    """Measure each kind in a process of its own; print a table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
-    parser.add_argument("--first", type=int, default=1_000, help="default: %(default)s")
-    parser.add_argument("--last", type=int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=40, help="samples of each; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(options.child, options.first, options.last, options.rounds)))
-        return
-    found = {}
-    print(
-        f"{'layers':8} {'ms at first':>12} {'ms at last':>12} {'ratio':>6} {'MiB growth':>11} {'of':>6}"
-    )
-    for kind in options.kinds.split(","):
-        command = [sys.executable, __file__, "--child", kind, "--rounds", str(options.rounds)]
-        command += ["--first", str(options.first), "--last", str(options.last)]
-        child = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[kind] = row = json.loads(child.stdout.splitlines()[-1])
-        print(
-            f"{kind:8} {row['first_ms']:12.2f} {row['last_ms']:12.2f} {row['time_ratio']:6.3f} "
-            f"{row['last_mib'] - row['first_mib']:11.1f} {row['first_mib']:6.0f}",
-            flush=True,
-        )
-    about = {"date": str(date.today()), "cores": os.cpu_count(), "command": " ".join(sys.argv)}
-    path = options.out / f"decode-{date.today()}.json"
-    path.write_text(
-        json.dumps({**about, "first": options.first, "last": options.last, "kinds": found}, indent=2)
-    )
-    print(f"Written: {path}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure positions, batches and Llama; write the record after each, print the tables."""
+    made = parser(__doc__, {"tiny": 2, "quick": 15, "full": 40})
+    made.add_argument("--kinds", help="default: mac; with --full " + ",".join(TITANS))
+    made.add_argument("--positions", help="default: 1000,100000; with --full up to 1000000")
+    options = begin("decode", made, arguments)
+    kinds = options.kinds.split(",") if options.kinds else KINDS[options.size]
+    positions = POSITIONS[options.size]
+    if options.positions:
+        positions = tuple(int(position) for position in options.positions.split(","))
+    sizes = asdict(TINY_SIZES if options.size == "tiny" else ModelSizes())
+    options.record |= {"sizes": sizes, "gate": check_reading(kinds, options.device)}
+    options.record["positions"] = found = {}
+    rounds, device = options.rounds, options.device
+    for kind in kinds:
+        arguments = (kind, sizes, positions, rounds, device)
+        found[kind] = fresh_process("decode", "measure_positions", *arguments)
+        save(options)
+    show_positions(found)
+    options.record["contexts"] = [
+        fresh_process("decode", "measure_turns", (*kinds, LLAMA), sizes, context, 1, rounds, device)
+        for context in CONTEXTS[options.size]
+    ]
+    save(options)
+    options.record["batches"] = [
+        fresh_process("decode", "measure_turns", kinds, sizes, positions[0], rows, rounds, device)
+        for rows in ROWS[options.size]
+    ]
+    show_turns(options.record)
+    save(options, say=True)
+    return 0
 
 
-def measure(kind: str, first: int, last: int, rounds: int) -> dict[str, Any]:
-    """Read to `first` and on to `last`; times of a token in milliseconds, resident memory in MiB."""
+def measure_positions(
+    kind: str, sizes: dict[str, Any], positions: Sequence[int], rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """Read from position to position; the time of a token, resident memory and state at each."""
     import copy
 
-    import psutil
     import torch
 
-    from everlong import TitansConfig, TitansForCausalLM
-
     torch.manual_seed(0)
-    config = TitansConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        layer_types=[kind] * 4,
-        sliding_window=512,
-        segment_length=512,
-        chunk_size=64,
-        num_persistent_tokens=4,
-    )
-    model = TitansForCausalLM(config).eval()
-    process = psutil.Process()
+    shape = ModelSizes(**sizes)
+    model = build_model(kind, shape).to(device).eval()
+    period = math.lcm(shape.segment, shape.chunk_size)
+    positions = [position + (positions[0] - position) % period for position in positions]
 
-    @torch.inference_mode()
-    def read(cache: Any, tokens: int, piece: int) -> Any:
-        for start in range(0, tokens, piece):
-            ids = torch.randint(256, (1, min(piece, tokens - start)))
-            cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    def random_ids(tokens: int) -> Any:
+        return torch.randint(shape.vocabulary, (1, tokens), device=device)
+
+    def read(tokens: int, cache: Any = None) -> Any:
+        """In blocks, so that no long text is held."""
+        for start in range(0, tokens, 8192):
+            cache = model.memorize(random_ids(min(8192, tokens - start)), cache)
         return cache
 
     def resident_after(cache: Any) -> int:
         """While decoding over the borders of chunks, windows and segments."""
-        read(copy.deepcopy(cache), 2 * 512, 1)
-        return process.memory_info().rss
+        decode(model, copy.deepcopy(cache), random_ids(2 * shape.segment))
+        return memory_now(device)
 
-    fresh_memory = resident_after(read(None, first, PIECE))
-    read(None, last, PIECE)
-    early = read(None, first, PIECE)
-    first_memory = resident_after(early)
-    late = read(copy.deepcopy(early), last - first, PIECE)
-    last_memory = resident_after(late)
-    times: dict[str, list[float]] = {"first": [], "last": []}
-    for _ in range(rounds):
-        for name, cache in (("first", early), ("last", late)):
-            started = time.perf_counter()
-            read(cache, BLOCK, 1)
-            times[name].append((time.perf_counter() - started) / BLOCK * 1e3)
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    return {
-        "first_ms": medians["first"],
-        "last_ms": medians["last"],
-        "time_ratio": medians["last"] / medians["first"],
-        "fresh_mib": fresh_memory / MIB,
-        "first_mib": first_memory / MIB,
-        "last_mib": last_memory / MIB,
-        "memory_ratio": last_memory / first_memory,
-        "first_spread_ms": [min(times["first"]), max(times["first"])],
-        "last_spread_ms": [min(times["last"]), max(times["last"])],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+    with torch.inference_mode():
+        read(min(HEAP_TOKENS, positions[-1]))
+        cache = read(positions[0])
+        caches = [copy.deepcopy(cache) for _ in positions]
+        memory, state, before = [], [], positions[0]
+        for i, position in enumerate(positions):
+            cache = read(position - before, cache)
+            caches[i], before = copy.deepcopy(cache), position
+            state.append(bytes_of(cache))
+            memory.append(resident_after(cache))
+        steps: dict[str, Step] = {
+            str(position): lambda each=each: decode(model, each, random_ids(BLOCK))
+            for position, each in zip(positions, caches, strict=True)
+        }
+        samples = time_in_turns(steps, rounds, device)
+    first = str(positions[0])
+    return [
+        {
+            "position": position,
+            "seconds_per_token": spread([s / BLOCK for s in samples[str(position)]]),
+            "time_over_first": ratio(samples, first, str(position)),
+            "resident_bytes": memory[i],
+            "state_bytes": state[i],
+            "samples": samples[str(position)],
+        }
+        for i, position in enumerate(positions)
+    ]
+
+
+def measure_turns(
+    kinds: Sequence[str], sizes: dict[str, Any], context: int, rows: int, rounds: int, device: str
+) -> dict[str, Any]:
+    """Models that take turns behind so many tokens, with a batch of so many rows."""
+    import torch
+
+    torch.manual_seed(0)
+    shape = ModelSizes(**sizes)
+    steps: dict[str, Step] = {}
+    state = {}
+    with torch.inference_mode():
+        for kind in kinds:
+            model = build_model(kind, shape).to(device).eval()
+            if kind == LLAMA:
+                cache = filled_cache(model, rows, context)
+            else:
+                cache = model.memorize(torch.randint(shape.vocabulary, (rows, context), device=device))
+            state[kind] = bytes_of(cache)
+            steps[kind] = block_step(model, cache, rows, shape.vocabulary, kind == LLAMA)
+        samples = time_in_turns(steps, rounds, device)
+    found: dict[str, Any] = {
+        "context": context,
+        "rows": rows,
+        "seconds_per_token": {kind: spread([s / BLOCK for s in samples[kind]]) for kind in kinds},
+        "tokens_per_second": {
+            kind: spread([rows * BLOCK / s for s in samples[kind]]) for kind in kinds
+        },
+        "state_bytes": state,
+        "samples": samples,
     }
+    if LLAMA in kinds:
+        found["speed_over_llama"] = {kind: ratio(samples, kind, LLAMA) for kind in kinds}
+    return found
+
+
+def filled_cache(model: Any, rows: int, context: int) -> Any:
+    """A cache of a Llama as if it had read so many tokens: random keys and values."""
+    import torch
+    from transformers import DynamicCache
+
+    config = model.config
+    shape = (rows, config.num_key_value_heads, context, config.head_dim)
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, *shape, device=model.device).unbind(), layer)
+    if cache.get_seq_length() != context:
+        raise RuntimeError(f"the cache holds {cache.get_seq_length()} tokens, not {context}")
+    return cache
+
+
+def block_step(model: Any, cache: Any, rows: int, vocabulary: int, cut: bool) -> Step:
+    """Decode a block; cut: and take it out of the cache again."""
+    import torch
+
+    def step() -> None:
+        decode(model, cache, torch.randint(vocabulary, (rows, BLOCK), device=model.device))
+        if cut:
+            cache.crop(-BLOCK)
+
+    return step
+
+
+def show_positions(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Positions as people read them."""
+    rows = []
+    for kind, places in found.items():
+        for place in places:
+            growth = place["resident_bytes"] - places[0]["resident_bytes"]
+            rows.append(
+                [
+                    f"{kind} at {place['position']:,}",
+                    milliseconds(place["seconds_per_token"]),
+                    told(place["time_over_first"], ".3f", "x"),
+                    f"{place['resident_bytes'] / MIB:,.0f} ({growth / MIB:+.1f})",
+                    f"{place['state_bytes'] / MIB:.2f}",
+                ]
+            )
+    table("Decoding", ["", "ms a token", "of the first", "resident MiB", "state MiB"], rows)
+
+
+def show_turns(record: dict[str, Any]) -> None:
+    """Contexts and batches as people read them."""
+    heads = ["", "rows", "ms a step", "tokens/s", "faster than Llama by", "state MiB"]
+    rows = []
+    for found in [*record["contexts"], *record["batches"]]:
+        for kind, seconds in found["seconds_per_token"].items():
+            rows.append(
+                [
+                    f"{kind} behind {found['context']:,}",
+                    str(found["rows"]),
+                    milliseconds(seconds),
+                    told(found["tokens_per_second"][kind]),
+                    told(found.get("speed_over_llama", {}).get(kind), ".2f", "x"),
+                    f"{found['state_bytes'][kind] / MIB:,.1f}",
+                ]
+            )
+    table("Decoding, beside Llama and in batches", heads, rows)
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    """Of a spread of seconds."""
+    return told({key: 1000 * value for key, value in seconds.items()}, ".2f")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
