@@ -1,14 +1,21 @@
 """Self-attention over a window, a segment or everything, with rotary positions and a cache."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
+from everlong.ops.backend import native_takes
+from everlong.ops.native.rows import Rotate
 from everlong.ops.state import PerRow, State, agreed
+
+
+MOST_KEPT = 4096  # tokens of the rotary tables that are kept for the next layer
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,10 @@ class Attention(nn.Module):
 
     def _rotated(self, state: AttentionState, *rows: Tensor) -> list[Tensor]:
         """Rows [B, ., T, K] of the tokens behind the state, at their positions."""
-        steps = torch.arange(rows[0].shape[2], device=rows[0].device)
-        start = torch.as_tensor(state.position).to(steps.device).view(-1, 1)
-        return rotate(start + steps, self.rope_theta, *rows)
+        tables = rotary_tables(
+            state.position, rows[0].shape[2], self.rope_theta, self.head_dim // 2, rows[0]
+        )
+        return rotate(*tables, *rows)
 
     def _checked(self, state: AttentionState | None, x: Tensor) -> AttentionState:
         """The state, or an empty one; refuses what is not this layer's."""
@@ -209,22 +217,47 @@ class SegmentAttention(Attention):
         return self._out(nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
-def rotate(positions: Tensor, theta: float, *rows: Tensor) -> list[Tensor]:
-    """Rotary position embedding (Llama's halves) of rows [B, ., T, K] at positions [B or 1, T].
-
-    The angles are float64 where a device has it: in float32 those of neighbours a million tokens into
-    a text are off by 0.06, ten million tokens by half a radian.
-    """
-    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+def rotate(cos: Tensor, sin: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Rotary position embedding (Llama's halves) of rows [B, ., T, K] by `rotary_tables`."""
+    if native_takes(*rows):
+        return [Rotate.apply(x, cos, sin) for x in rows]
     half = rows[0].shape[-1] // 2
-    exponent = torch.arange(half, dtype=dtype, device=positions.device) / half
-    angles = positions.to(dtype)[:, None, :, None] * theta**-exponent
-    cos, sin = angles.cos().to(rows[0].dtype), angles.sin().to(rows[0].dtype)
     rotated = []
     for x in rows:
         left, right = x[..., :half], x[..., half:]
         rotated.append(torch.cat([left * cos - right * sin, right * cos + left * sin], -1))
     return rotated
+
+
+def rotary_tables(
+    start: PerRow, tokens: int, theta: float, half: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B or 1, 1, tokens, half] of the angles at positions start ... start + tokens - 1, in
+    the type and on the device of `like`.
+
+    The angles are float64 where a device has it: in float32 those of neighbours a million tokens into
+    a text are off by 0.06, ten million tokens by half a radian.
+    """
+    if isinstance(start, int) and tokens <= MOST_KEPT and not torch.compiler.is_compiling():
+        return _agreed_tables(start, tokens, theta, half, like.dtype, like.device)
+    return _tables(torch.as_tensor(start), tokens, theta, half, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _agreed_tables(start: int, *more: Any) -> tuple[Tensor, Tensor]:
+    """Every layer asks for the same ones. They serve in training too, whoever asked first."""
+    with torch.inference_mode(False):
+        return _tables(torch.tensor(start), *more)
+
+
+def _tables(
+    start: Tensor, tokens: int, theta: float, half: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    positions = start.to(device).view(-1, 1) + torch.arange(tokens, device=device)
+    exponent = torch.arange(half, dtype=wide, device=device) / half
+    angles = positions.to(wide)[:, None, :, None] * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def join_keys(past: Tensor, new: Tensor) -> Tensor:

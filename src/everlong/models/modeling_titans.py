@@ -18,6 +18,17 @@ from everlong.models.stateful import (
     join_pieces,
 )
 from everlong.models.titans_blocks import BLOCKS
+from everlong.ops import swiglu
+
+
+class TitansMLP(LlamaMLP):
+    """Llama's, with its gate in one pass where that is SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, D]."""
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class TitansLayer(GradientCheckpointingLayer):
@@ -32,7 +43,7 @@ class TitansLayer(GradientCheckpointingLayer):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = BLOCKS[layer_type](config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.mlp = TitansMLP(config)
         # Keys of full attention would be kept once for each segment.
         self.segment = None if layer_type == "full_attention" else config.segment_length
 

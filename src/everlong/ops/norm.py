@@ -1,4 +1,4 @@
-"""Rows rescaled to unit length or unit root mean square."""
+"""Rows rescaled to unit length or unit root mean square, and rows that gate each other."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.rows import GatedNorm
+from everlong.ops.native.rows import GatedNorm, Swiglu
 
 UNIT_EPS = 1e-6
 
@@ -31,6 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
         return GatedNorm.apply(x, gate, weight, eps)
     y = weight * unit_rms(x, eps)
     return y if gate is None else y * torch.nn.functional.silu(gate)
+
+
+def swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    """silu(gate) * x, of one shape."""
+    if native_takes(gate, x):
+        return Swiglu.apply(gate, x)
+    return torch.nn.functional.silu(gate) * x
 
 
 def _rescaled(x: Tensor, share: float, eps: float) -> Tensor:

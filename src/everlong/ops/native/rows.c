@@ -155,3 +155,52 @@ int64_t everlong_norm_backward(const Norm *s) {
     }
     return 0;
 }
+
+/* Rotary position embedding of x [B, N, T, K]: halves (l, r) -> (l cos - r sin, r cos + l sin). */
+typedef struct {
+    int64_t batch, heads, tokens, size, threads, table_batch; /* of the tables; 0 where rows agree */
+    Rows x, y;
+    const real *cos, *sin; /* [B or 1, T, K / 2] */
+} Rotation;
+
+int64_t everlong_rotate(const Rotation *s) {
+    const int64_t half = s->size / 2;
+#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+    for (int64_t i = 0; i < s->batch * s->tokens; i++) {
+        const int64_t b = i / s->tokens, t = i % s->tokens, at = b * s->table_batch + t * half;
+        const real *c = s->cos + at, *d = s->sin + at;
+        for (int64_t h = 0; h < s->heads; h++) {
+            const real *x = s->x.at + b * s->x.batch + h * s->x.head + t * s->x.row;
+            real *y = s->y.at + b * s->y.batch + h * s->y.head + t * s->y.row;
+            EACH(int64_t j = 0; j < half; j++) {
+                const real left = x[j], right = x[half + j];
+                y[j] = left * c[j] - right * d[j];
+                y[half + j] = right * c[j] + left * d[j];
+            }
+        }
+    }
+    return 0;
+}
+
+/* y = silu(gate) x and the way back, of n numbers. */
+typedef struct {
+    int64_t count, threads;
+    const real *gate, *x, *dy;
+    real *y, *dgate, *dx;
+} Swiglu;
+
+int64_t everlong_swiglu_forward(const Swiglu *s) {
+    _Pragma("omp parallel for simd num_threads((int)s->threads) schedule(static)")
+    for (int64_t i = 0; i < s->count; i++) s->y[i] = s->gate[i] * logistic(s->gate[i]) * s->x[i];
+    return 0;
+}
+
+int64_t everlong_swiglu_backward(const Swiglu *s) {
+    _Pragma("omp parallel for simd num_threads((int)s->threads) schedule(static)")
+    for (int64_t i = 0; i < s->count; i++) {
+        const real g = s->gate[i], share = logistic(g), dy = s->dy[i];
+        s->dx[i] = dy * g * share;
+        s->dgate[i] = dy * s->x[i] * share * (1 + g * (1 - share));
+    }
+    return 0;
+}

@@ -23,7 +23,7 @@ class _Conv(ctypes.Structure):
     def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> "_Conv":
         """For x [B, T, N], weight [J, N] and tail [B, J-1, N]."""
         threads = torch.get_num_threads()
-        parts = min(threads, -(-x.shape[1] // 64))
+        parts = max(1, min(threads, -(-x.shape[1] // 64)))
         conv = cls(*x.shape, len(weight), size, unit, threads, parts)
         conv.x = Rows.of(x.unsqueeze(1))
         conv.weight, conv.tail = weight.data_ptr(), tail.data_ptr()
@@ -106,3 +106,69 @@ class GatedNorm(torch.autograd.Function):
         norm.dgate = None if dgate is None else dgate.data_ptr()
         library(x.dtype).call("everlong_norm_backward", norm)
         return dx, dgate, dweight.sum(0), None
+
+
+class _Rotation(ctypes.Structure):
+    """`Rotation` of rows.c."""
+
+    _fields_ = [
+        *integers("batch heads tokens size threads table_batch"),
+        *((name, Rows) for name in ("x", "y")),
+        *pointers("cos sin"),
+    ]
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding of x [B, N, T, K] by tables cos, sin [B or 1, 1, T, K / 2]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(dense(x), cos, sin)
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dense(dy), cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # A token's heads side by side, as projections give and take them.
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    rotation = _Rotation(*x.shape, torch.get_num_threads(), cos[0].numel() if len(cos) > 1 else 0)
+    rotation.x, rotation.y = Rows.of(x), Rows.of(y)
+    rotation.cos, rotation.sin = cos.data_ptr(), sin.data_ptr()
+    library(x.dtype).call("everlong_rotate", rotation)
+    return y
+
+
+class _Swiglu(ctypes.Structure):
+    """`Swiglu` of rows.c."""
+
+    _fields_ = [*integers("count threads"), *pointers("gate x dy y dgate dx")]
+
+
+class Swiglu(torch.autograd.Function):
+    """silu(gate) x, keeping these two alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        gate, x = gate.contiguous(), x.contiguous()
+        y = torch.empty_like(x)
+        swiglu = _Swiglu(x.numel(), torch.get_num_threads(), gate.data_ptr(), x.data_ptr())
+        swiglu.y = y.data_ptr()
+        library(x.dtype).call("everlong_swiglu_forward", swiglu)
+        ctx.save_for_backward(gate, x)
+        return y
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        gate, x = ctx.saved_tensors
+        dy, dgate, dx = dy.contiguous(), torch.empty_like(gate), torch.empty_like(x)
+        swiglu = _Swiglu(x.numel(), torch.get_num_threads(), gate.data_ptr(), x.data_ptr())
+        swiglu.dy, swiglu.dgate, swiglu.dx = dy.data_ptr(), dgate.data_ptr(), dx.data_ptr()
+        library(x.dtype).call("everlong_swiglu_backward", swiglu)
+        return dgate, dx
