@@ -14,7 +14,6 @@ from everlong.ops.backend import native_takes
 from everlong.ops.native.rows import Rotate
 from everlong.ops.state import PerRow, State, agreed
 
-
 MOST_KEPT = 4096  # tokens of the rotary tables that are kept for the next layer
 
 
@@ -192,22 +191,31 @@ class SegmentAttention(Attention):
         super().__init__(hidden_size, num_heads, num_key_value_heads, head_dim, None, rope_theta)
         self.segment = segment
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens x [B, T, D], not yet rotated: [B, T, . K]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def attend(
-        self, x: Tensor, h: Tensor, state: AttentionState, lengths: Tensor | None = None
+        self,
+        rows: Sequence[Tensor],
+        h: Tensor,
+        state: AttentionState,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """x, h: [B, T, D], in each row no more tokens than its open segment has left.
+        """rows: what `project` makes of tokens, and h: [B, T, D], their rows of the memory; in each row
+        of the batch no more tokens than its open segment has left.
 
         Returns y [B, T, D] and the state, a new segment's where one is full.
         """
-        state = self._checked(state, x)
-        q, k, v = (self._heads(each, x) for each in (self.q_proj, self.k_proj, self.v_proj))
+        state = self._checked(state, h)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in rows)
         memory_k, memory_v = self._heads(self.k_proj, h), self._heads(self.v_proj, h)
         q, k, memory_k = self._rotated(state, q, k, memory_k)
         k = join_keys(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))
         v = join_keys(state.values, torch.stack([memory_v, v], 3).flatten(2, 3))
         y = full_attention(q, k, v, state.position, state.prefix, each=2)
         position = agreed(
-            (state.position + (x.shape[1] if lengths is None else lengths)) % self.segment
+            (state.position + (h.shape[1] if lengths is None else lengths)) % self.segment
         )
         return self._out(y), state.keep(k, v, position, lengths, each=2)
 

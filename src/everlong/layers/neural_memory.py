@@ -211,26 +211,29 @@ class NeuralMemory(nn.Module):
         if trace:
             report = trace_neural_memory(k, v, gates, state=state, scale=scale, lengths=lengths)
         strength = gates.theta * (self.chunk_size / self.max_learning_rate)
-        return MemoryOutput(self._out(y, x), replace(after, conv_tail=tail), strength, report)
+        return MemoryOutput(
+            self._out(y, self.gates_of(x)), replace(after, conv_tail=tail), strength, report
+        )
 
-    def read(
-        self, x: Tensor, weights: Sequence[Tensor], tail: Tensor | None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """y = M(q(x)) at given weights, without writing; `tail`: of q's convolution alone.
+    def read(self, q: Tensor, gate: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """y = M(q) at given weights, without writing: y [B, T, D].
 
-        x: [B, T, D]. Returns y [B, T, D] and the tail for the next call.
+        q: `queries` of the tokens, gate: `gates_of` them; [B, T, H, K].
         """
-        q, tail = self.queries(x, tail, lengths)
-        return self._out(read_neural_memory(q, weights, self._scale()), x), tail
+        return self._out(read_neural_memory(q, weights, self._scale()), gate)
 
     def queries(
         self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """q [B, T, H, K] alone, and the tail of its convolution."""
+        """q [B, T, H, K] alone, and the tail of its convolution alone."""
         q = self.q_proj(x)
         taps = None if self.conv is None else self.conv().to(q.dtype)[: q.shape[-1]]
         q, tail = _conv_silu(q, taps, tail, lengths, self.head_dim)
         return self._heads(q), tail
+
+    def gates_of(self, x: Tensor) -> Tensor:
+        """What gates the outputs of tokens x [B, T, D], before SiLU: [B, T, H, K]."""
+        return self._heads(self.gate_proj(x))
 
     def _start(self) -> list[Tensor]:
         return [weight() for weight in self.memory_init]
@@ -238,9 +241,9 @@ class NeuralMemory(nn.Module):
     def _scale(self) -> Tensor | None:
         return None if self.memory_scale is None else self.memory_scale()
 
-    def _out(self, y: Tensor, x: Tensor) -> Tensor:
-        """W_o (silu(x W_g) * norm(y)) of what was read, y [B, T, H, K]."""
-        return self.o_proj(self.output_norm(y, gate=self._heads(self.gate_proj(x))).flatten(2))
+    def _out(self, y: Tensor, gate: Tensor) -> Tensor:
+        """W_o (silu(gate) * norm(y)) of what was read, y [B, T, H, K]."""
+        return self.o_proj(self.output_norm(y, gate=gate).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H K] as [B, T, H, K]."""

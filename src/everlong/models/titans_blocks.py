@@ -246,18 +246,24 @@ class MAC(MemoryBlock):
         """See the class."""
         segment = self.attention.segment
         cuts = Cuts((x.shape[0], x.shape[1]), state.attention.position, segment, lengths)
+        # What does not depend on the memory is done for all segments at once.
+        q, tail = self.memory.queries(x, state.read_tail, lengths)
+        rows = (q, self.memory.gates_of(x), *self.attention.project(x))
         outputs: list[BlockOutput] = []
-        for piece, count in cuts.take(x):
+        for pieces in zip(*map(cuts.take, rows), strict=True):
+            piece, count = [row for row, _ in pieces], pieces[0][1]
             outputs.append(self._read_segment(piece, state, count, trace))
             state = outputs[-1].state
-        return join_pieces(outputs, cuts.join)
+        whole = join_pieces(outputs, cuts.join)
+        return whole._replace(state=replace(whole.state, read_tail=tail))
 
     def _read_segment(
-        self, x: Tensor, state: MACState, lengths: Tensor | None, trace: bool
+        self, rows: list[Tensor], state: MACState, lengths: Tensor | None, trace: bool
     ) -> BlockOutput:
-        """Tokens of the open segment, no more than it has left."""
-        h, read_tail = self.memory.read(x, state.weights, state.read_tail, lengths)
-        seen, attention = self.attention.attend(x, h, state.attention, lengths)
+        """Tokens of the open segment, no more than it has left; rows: what `mix` made of them."""
+        q, gate, *seen_by = rows
+        h = self.memory.read(q, gate, state.weights)
+        seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
         y = self.attention_norm(seen)
         out = self.memory.read_write(y, state.memory, lengths, trace)
         y = y * torch.sigmoid(self.memory_norm(out.y))
@@ -267,7 +273,7 @@ class MAC(MemoryBlock):
             weights = choose(ended, out.state.weights, weights)
         elif ended:
             weights = out.state.weights
-        state = MACState(out.state, attention, weights, read_tail)
+        state = replace(state, memory=out.state, attention=attention, weights=weights)
         return BlockOutput(y, state, out.strength, out.trace)
 
 

@@ -37,6 +37,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from everlong.allocator import keep_freed_memory
 from everlong.data import gives_back
 from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE, provenance
 
@@ -158,6 +159,7 @@ def _run(recipe: Recipe, checkpoint: str | None, *, emptied: bool = False) -> di
         for change in changes:
             progress.bar.console.print(f"changed: {change}")
         try:
+            keep_freed_memory()
             output = trainer.train(resume_from_checkpoint=checkpoint)
             at_end = progress.held_out.get("step") == trainer.state.global_step
             if progress.bytes_per_label is not None and not (at_end or interrupt.requested):

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.library import Rows, dense, integers, library, pointers
+from everlong.ops.native.library import (
+    Rows,
+    dense,
+    integers,
+    library,
+    pointers,
+    threads_for,
+)
 
 BLOCK = 64  # queries at a time
 MOST_KEYS = 8192  # that a block may see: its scores are there all at once
@@ -41,7 +48,7 @@ class _Attention(ctypes.Structure):
         assert q is not None and k is not None
         seen = 0 if prefix is None else prefix.shape[2]
         sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], seen)
-        attention = cls(*sizes, each, window, BLOCK, torch.get_num_threads(), q.shape[3] ** -0.5)
+        attention = cls(*sizes, each, window, BLOCK, threads_for(q.numel()), q.shape[3] ** -0.5)
         for name, tensor in tensors.items():
             if tensor is not None:
                 setattr(attention, name, Rows.of(tensor))

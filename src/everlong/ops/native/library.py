@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALL = 2**14
 FOLDER = Path(__file__).parent
 FLAGS = ["-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
 # The machine's own instructions and OpenMP are worth much, and not everywhere to be had.
@@ -96,6 +97,11 @@ def problem(*tensors: Tensor | None) -> str | None:
         return "torch.compile looks into what it compiles"
     loaded = load(dtype)
     return str(loaded) if isinstance(loaded, OSError) else None
+
+
+def threads_for(numbers: int) -> int:
+    """Threads for work on so many numbers: to wake them for a few costs more than it saves."""
+    return torch.get_num_threads() if numbers >= SMALL else 1
 
 
 def dense(x: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.library import Rows, dense, integers, library, pointers
+from everlong.ops.native.library import (
+    Rows,
+    dense,
+    integers,
+    library,
+    pointers,
+    threads_for,
+)
 
 
 class _Conv(ctypes.Structure):
@@ -22,7 +29,7 @@ class _Conv(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> "_Conv":
         """For x [B, T, N], weight [J, N] and tail [B, J-1, N]."""
-        threads = torch.get_num_threads()
+        threads = threads_for(x.numel())
         parts = max(1, min(threads, -(-x.shape[1] // 64)))
         conv = cls(*x.shape, len(weight), size, unit, threads, parts)
         conv.x = Rows.of(x.unsqueeze(1))
@@ -73,7 +80,7 @@ class _Norm(ctypes.Structure):
     def of(cls, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> "_Norm":
         """For x [..., N], gate as many numbers."""
         size = x.shape[-1]
-        norm = cls(x.numel() // size, size, torch.get_num_threads(), eps, x.data_ptr())
+        norm = cls(x.numel() // size, size, threads_for(x.numel()), eps, x.data_ptr())
         norm.gate = None if gate is None else gate.data_ptr()
         norm.weight = weight.data_ptr()
         return norm
@@ -137,7 +144,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # A token's heads side by side, as projections give and take them.
     y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
     cos, sin = cos.contiguous(), sin.contiguous()
-    rotation = _Rotation(*x.shape, torch.get_num_threads(), cos[0].numel() if len(cos) > 1 else 0)
+    rotation = _Rotation(*x.shape, threads_for(x.numel()), cos[0].numel() if len(cos) > 1 else 0)
     rotation.x, rotation.y = Rows.of(x), Rows.of(y)
     rotation.cos, rotation.sin = cos.data_ptr(), sin.data_ptr()
     library(x.dtype).call("everlong_rotate", rotation)
@@ -157,7 +164,7 @@ class Swiglu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
         gate, x = gate.contiguous(), x.contiguous()
         y = torch.empty_like(x)
-        swiglu = _Swiglu(x.numel(), torch.get_num_threads(), gate.data_ptr(), x.data_ptr())
+        swiglu = _Swiglu(x.numel(), threads_for(x.numel()), gate.data_ptr(), x.data_ptr())
         swiglu.y = y.data_ptr()
         library(x.dtype).call("everlong_swiglu_forward", swiglu)
         ctx.save_for_backward(gate, x)
@@ -168,7 +175,7 @@ class Swiglu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, x = ctx.saved_tensors
         dy, dgate, dx = dy.contiguous(), torch.empty_like(gate), torch.empty_like(x)
-        swiglu = _Swiglu(x.numel(), torch.get_num_threads(), gate.data_ptr(), x.data_ptr())
+        swiglu = _Swiglu(x.numel(), threads_for(x.numel()), gate.data_ptr(), x.data_ptr())
         swiglu.dy, swiglu.dgate, swiglu.dx = dy.data_ptr(), dgate.data_ptr(), dx.data_ptr()
         library(x.dtype).call("everlong_swiglu_backward", swiglu)
         return dgate, dx

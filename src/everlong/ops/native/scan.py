@@ -10,7 +10,16 @@ from torch import Tensor
 
 from everlong.ops.decay import Gates
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.library import Library, Rows, dense, integers, library, pointers, problem
+from everlong.ops.native.library import (
+    Library,
+    Rows,
+    dense,
+    integers,
+    library,
+    pointers,
+    problem,
+    threads_for,
+)
 
 Tensors = tuple[Tensor, ...]
 MAX_LAYERS = 8  # of chunk_scan.c
@@ -73,7 +82,7 @@ class Shape(ctypes.Structure):
         shape.parts = 1 if inputs[6] is None else 2
         # What is kept of states and what a group of chunks needs at once grow alike.
         shape.interval = max(1, math.isqrt(q.shape[2] // chunk_size // 2))
-        shape.threads = torch.get_num_threads()
+        shape.threads = threads_for(q.numel())
         shape.widths[: layers + 1] = [q.shape[3], *(w.shape[3] for w in inputs[7 : 7 + layers])]
         return shape
 
