@@ -32,8 +32,9 @@ format: $(DEV) ## put the code into the project's format
 test: $(DEV) ## the tests, minutes on two cores
 	$(PYTEST) -m "not slow"
 
-test-slow: $(DEV) ## the long tests
+test-slow: $(DEV) ## the long tests, and the laws by PyTorch's operations alone
 	$(PYTEST) -m slow
+	EVERLONG_BACKEND=eager $(PYTEST) -m "not slow" tests/test_laws.py tests/models/test_titans_blocks.py
 
 demo: $(DEV) ## train a memory and a Transformer, find needles with both, draw runs/demo/needle.png
 	$(BIN)/everlong demo

@@ -235,10 +235,25 @@ def config_of(name: str, sizes: ModelSizes) -> Any:
     return LlamaConfig(**common, max_position_embeddings=1 << 20)
 
 
-def same_size_llama(other: Any, sizes: ModelSizes, within: float = 0.01) -> Any:
-    """A full-attention Llama with the parameters, vocabulary, width and heads of another configuration.
+def same_shape_llama(other: Any, sizes: ModelSizes) -> Any:
+    """As `same_size_llama`, wider by as many heads as keep the MLP's width in proportion."""
+    proportion = sizes.intermediate_size / sizes.hidden_size
+    found = [same_size_llama(other, sizes)]
+    for more in range(1, 4):
+        try:
+            found.append(same_size_llama(other, sizes, heads=sizes.heads + more))
+        except ValueError:  # too wide for so few parameters
+            break
+    return min(found, key=lambda c: abs(c.intermediate_size / c.hidden_size - proportion))
 
-    Its MLP is as wide as that takes. Raises ValueError if the counts are further apart than `within`.
+
+def same_size_llama(
+    other: Any, sizes: ModelSizes, within: float = 0.01, heads: int | None = None
+) -> Any:
+    """A full-attention Llama with the parameters and vocabulary of another configuration.
+
+    heads: how many it has, each as wide as there (default: as many). Its MLP is as wide as the count
+    takes. Raises ValueError if the counts are further apart than `within`.
     """
     from everlong.models.sizes import count_parameters, model_config
 
@@ -246,6 +261,10 @@ def same_size_llama(other: Any, sizes: ModelSizes, within: float = 0.01) -> Any:
     fields = config_of("llama", sizes).to_dict()
     for name in ("intermediate_size", "model_type", "transformers_version", "architectures"):
         fields.pop(name, None)
+    if heads is not None:
+        width = sizes.hidden_size // sizes.heads
+        fields |= {"hidden_size": heads * width, "head_dim": width}
+        fields |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     config = model_config("llama", parameters=wanted, **fields)
     found = count_parameters(config)
     if abs(found - wanted) > within * wanted:

@@ -102,7 +102,11 @@ def lengths(record: Record) -> Any:
     rows = record.get("lengths")
     if not rows:
         return None
-    names = {"mag": "everlong MAG", "llama": "Llama, full attention"}
+    names = {
+        "mag": "everlong MAG",
+        "llama": "Llama of as many parameters",
+        "llama with a wider MLP alone": "the same, its MLP alone wider",
+    }
     found = {
         title: [(row["tokens"], row["tokens_per_second"][name]) for row in rows]
         for name, title in names.items()

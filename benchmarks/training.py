@@ -2,10 +2,13 @@
 
 `python benchmarks/training.py --help`. Notable here:
 
-- A step is forward, loss, backward, AdamW and zero_grad, on random tokens. Four layers of width 256,
-  vocabulary 256; `contenders.py` says what else. Models of equal width have not equally many
-  parameters: the record tells how many.
-- Over lengths, MAG is set beside a full-attention Llama of as many parameters, whose MLP is wider.
+- A step is forward, loss, backward, AdamW (fused, as the Trainer takes it) and zero_grad, on random
+  tokens. Four layers of width 256, vocabulary 256; `contenders.py` says what else. Models of equal
+  width have not equally many parameters: the record tells how many.
+- The process keeps freed memory, as `everlong train` does, for all contenders (--allocator default:
+  it does not).
+- Over lengths, MAG is set beside two full-attention Llamas of as many parameters: one is wider all
+  over, in Llama's proportions, the other has the same width and a wider MLP alone.
 - A contender that fails is told and left out. Memory is measured of a few alone, of all with --full.
 """
 
@@ -40,11 +43,13 @@ from contenders import (
     build_model,
     model_of,
     quiet_transformers,
+    same_shape_llama,
     same_size_llama,
     titans_config,
 )
+from everlong.allocator import keep_freed_memory
 
-BASE, RIVAL = "llama", "titans-pytorch-mac"
+BASE, RIVAL, WIDE_MLP = "llama", "titans-pytorch-mac", "llama with a wider MLP alone"
 CHECKED = ("mac", "mag", "mal", "lmm", "lm2")
 BATCH = {"tiny": (2, 48), "quick": (2, 2048), "full": (2, 2048)}
 LENGTHS = {
@@ -67,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser(__doc__, {"tiny": 2, "quick": 3, "full": 7})
     made.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
     made.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    made.add_argument("--allocator", choices=("keep", "default"), default="keep")
     options = begin("training", made, arguments)
+    options.record["keeps_freed_memory"] = options.allocator == "keep" and keep_freed_memory()
     sizes = TINY_SIZES if options.size == "tiny" else ModelSizes()
     options.record |= {"sizes": asdict(sizes), "gate": check_reading(CHECKED, options.device)}
     if "models" in options.parts.split(","):
@@ -92,7 +99,7 @@ def measure_models(names: Sequence[str], sizes: ModelSizes, options: Any) -> dic
     memory: dict[str, list[int]] = {}
     parameters = {}
     for name in names:
-        arguments = (name, asdict(sizes), batch, tokens, device)
+        arguments = (name, asdict(sizes), batch, tokens, device, options.allocator)
         runs = range(MEMORY_RUNS[options.size] if name in MEMORY_OF[options.size] else 0)
         try:
             peaks = [fresh_process("training", "memory_of", *arguments) for _ in runs]
@@ -150,7 +157,7 @@ def training_step(name: str, model: Any, batch: int, tokens: int, vocabulary: in
     for parameter in model.parameters():
         # Heads of titans-pytorch and OpenTitans share memory at first; AdamW wants their own.
         parameter.data = parameter.data.contiguous()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(vocabulary, (batch, tokens), device=device)
     loss = loss_of(name, model)
 
@@ -162,8 +169,12 @@ def training_step(name: str, model: Any, batch: int, tokens: int, vocabulary: in
     return step
 
 
-def memory_of(name: str, sizes: Mapping[str, Any], batch: int, tokens: int, device: str) -> int:
+def memory_of(
+    name: str, sizes: Mapping[str, Any], batch: int, tokens: int, device: str, allocator: str
+) -> int:
     """Peak bytes of a few steps above what the imports left; for a process of its own."""
+    if allocator == "keep":
+        keep_freed_memory()
     # A small step first: it brings in whatever else is imported late.
     model_step(name, TINY_SIZES, *BATCH["tiny"], device)[0]()
     return peak_of_steps(
@@ -195,13 +206,14 @@ def summarise(
 
 
 def measure_length(tokens: int, sizes: ModelSizes, options: Any) -> dict[str, Any]:
-    """MAG and a Llama of as many parameters, on one text of so many tokens."""
+    """MAG and Llamas of as many parameters, on one text of so many tokens."""
     import torch
 
     quiet_transformers()
     torch.manual_seed(0)
     mag = titans_config("mag", sizes)
-    configs = {"mag": mag, BASE: same_size_llama(mag, sizes)}
+    llamas = {BASE: same_shape_llama(mag, sizes), WIDE_MLP: same_size_llama(mag, sizes)}
+    configs = {"mag": mag, **llamas}
     models = {name: model_of(config) for name, config in configs.items()}
     steps = {
         name: training_step(name, model, 1, tokens, sizes.vocabulary, options.device)
@@ -213,7 +225,8 @@ def measure_length(tokens: int, sizes: ModelSizes, options: Any) -> dict[str, An
         "tokens": tokens,
         "parameters": {name: model.num_parameters() for name, model in models.items()},
         "tokens_per_second": {name: spread([tokens / s for s in samples[name]]) for name in steps},
-        "speed_over_llama": ratio(samples, "mag", BASE),
+        "shapes": {name: [c.hidden_size, c.intermediate_size] for name, c in configs.items()},
+        "speed_over": {name: ratio(samples, "mag", name) for name in llamas},
         "samples": samples,
     }
 
@@ -243,14 +256,15 @@ def show_models(found: Mapping[str, Any]) -> None:
 
 def show_lengths(lengths: Sequence[Mapping[str, Any]]) -> None:
     """The lengths as people read them."""
+    names = ("mag", BASE, WIDE_MLP)
     rows = [
         [f"{row['tokens']:,}"]
-        + [told(row["tokens_per_second"][name]) for name in ("mag", BASE)]
-        + [told(row["speed_over_llama"], ".2f", "x")]
+        + [told(row["tokens_per_second"][name]) for name in names]
+        + [told(row["speed_over"][name], ".2f", "x") for name in names[1:]]
         for row in lengths
     ]
-    counts = " and ".join(f"{count:,}" for count in lengths[0]["parameters"].values())
-    heads = ["tokens", "MAG, tokens/s", "Llama, tokens/s", "MAG is faster by"]
+    counts = ", ".join(f"{count:,}" for count in lengths[0]["parameters"].values())
+    heads = ["tokens", "MAG, tokens/s", "Llama", "its MLP wider", "MAG is faster by", "and by"]
     table(f"A training step on one text; parameters: {counts}", heads, rows)
 
 

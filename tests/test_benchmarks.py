@@ -104,6 +104,10 @@ def test_a_llama_of_as_many_parameters(suite):
     assert (llama.vocab_size, llama.hidden_size) == (mag.vocab_size, mag.hidden_size)
     with pytest.raises(ValueError, match="parameters"):
         suite.contenders.same_size_llama(mag, sizes, within=1e-9)
+    wider = suite.contenders.same_shape_llama(mag, sizes)
+    assert abs(counts[0] - count_parameters(wider)) <= 0.01 * counts[0]
+    assert (wider.hidden_size, wider.num_attention_heads) == (320, 5)
+    assert wider.intermediate_size / 320 == pytest.approx(688 / 256, rel=0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak that starts anew")

@@ -251,7 +251,7 @@ def rotary_tables(
     return _tables(torch.as_tensor(start), tokens, theta, half, like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _agreed_tables(start: int, *more: Any) -> tuple[Tensor, Tensor]:
     """Every layer asks for the same ones. They serve in training too, whoever asked first."""
     with torch.inference_mode(False):

@@ -41,7 +41,9 @@ def backends() -> tuple[str, ...]:
 
 
 def native_takes(*tensors: Tensor | None) -> bool:
-    """Whether the native code is wanted, and can take these."""
+    """Whether the native code is wanted, and can take these; torch.compile gets the eager one."""
+    if torch.compiler.is_compiling():
+        return False
     return current_backend() != "eager" and problem(*tensors) is None
 
 

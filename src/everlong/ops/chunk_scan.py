@@ -225,7 +225,7 @@ def scan_chunks(
     [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk. Raises
     RuntimeError where the native back end is wanted and cannot.
     """
-    wanted = current_backend()
+    wanted = "eager" if torch.compiler.is_compiling() else current_backend()
     if wanted == "native" or (wanted == "auto" and scan_wins(rows[0])):
         reason = scan_problem(rows[0], len(weights))
         if reason is None:

@@ -145,33 +145,38 @@ static void block_backward(const Attention *s, const Block *o, real *scratch) {
     into_keys(s, o, weights, &s->dprefix_v, &s->dv, &s->dy);
 }
 
-static real *own_scratch(const Attention *s) {
-#ifdef _OPENMP
-    return s->scratch + omp_get_thread_num() * everlong_attention_scratch(s);
-#else
-    return s->scratch;
-#endif
+/* Work i of the way there is a block, of the way back all queries of a head of keys: no two threads add
+ * to the same gradients, which begin at zero. */
+static void forward_of(const Attention *s, int64_t i, real *scratch) {
+    const int64_t blocks = (s->tokens + s->block - 1) / s->block;
+    const Block o = block_of(s, i / blocks / s->heads, i / blocks % s->heads, i % blocks);
+    block_forward(s, &o, scratch);
+}
+
+static void backward_of(const Attention *s, int64_t i, real *scratch) {
+    const int64_t blocks = (s->tokens + s->block - 1) / s->block, group = s->heads / s->key_heads;
+    for (int64_t n = i % s->key_heads * group; n < (i % s->key_heads + 1) * group; n++)
+        for (int64_t j = 0; j < blocks; j++) {
+            const Block o = block_of(s, i / s->key_heads, n, j);
+            block_backward(s, &o, scratch);
+        }
+}
+
+static int64_t for_each(const Attention *s, int64_t count, void (*work)(const Attention *, int64_t, real *)) {
+    const int64_t each = everlong_attention_scratch(s);
+    if (s->threads == 1) {
+        for (int64_t i = 0; i < count; i++) work(s, i, s->scratch);
+        return 0;
+    }
+#pragma omp parallel for num_threads((int)s->threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) work(s, i, s->scratch + thread_number() * each);
+    return 0;
 }
 
 int64_t everlong_attention_forward(const Attention *s) {
-    const int64_t blocks = (s->tokens + s->block - 1) / s->block;
-#pragma omp parallel for num_threads((int)s->threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < s->batch * s->heads * blocks; i++) {
-        const Block o = block_of(s, i / blocks / s->heads, i / blocks % s->heads, i % blocks);
-        block_forward(s, &o, own_scratch(s));
-    }
-    return 0;
+    return for_each(s, s->batch * s->heads * ((s->tokens + s->block - 1) / s->block), forward_of);
 }
 
-/* A thread has all queries of its keys: no two add to the same gradients, which begin at zero. */
 int64_t everlong_attention_backward(const Attention *s) {
-    const int64_t blocks = (s->tokens + s->block - 1) / s->block, group = s->heads / s->key_heads;
-#pragma omp parallel for num_threads((int)s->threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < s->batch * s->key_heads; i++)
-        for (int64_t n = i % s->key_heads * group; n < (i % s->key_heads + 1) * group; n++)
-            for (int64_t j = 0; j < blocks; j++) {
-                const Block o = block_of(s, i / s->key_heads, n, j);
-                block_backward(s, &o, own_scratch(s));
-            }
-    return 0;
+    return for_each(s, s->batch * s->key_heads, backward_of);
 }

@@ -745,17 +745,13 @@ typedef void (*Work)(const Shape *, const Tensors *, int64_t, real *);
 
 static int64_t for_each_memory(const Shape *s, const Tensors *x, Work work) {
     const int64_t memories = s->batch * s->heads, each = scratch_size(s);
-    const int threads = (int)s->threads;
-    (void)threads;
-    /* All threads, even for fewer memories: within a team of one BLAS would make threads of its own. */
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t m = 0; m < memories; m++) {
-#ifdef _OPENMP
-        work(s, x, m, x->scratch + omp_get_thread_num() * each);
-#else
-        work(s, x, m, x->scratch);
-#endif
+    if (s->threads == 1) {
+        for (int64_t m = 0; m < memories; m++) work(s, x, m, x->scratch);
+        return 0;
     }
+    /* All threads, even for fewer memories: within a team of one BLAS would make threads of its own. */
+#pragma omp parallel for num_threads((int)s->threads) schedule(dynamic, 1)
+    for (int64_t m = 0; m < memories; m++) work(s, x, m, x->scratch + thread_number() * each);
     return 0;
 }
 

@@ -63,6 +63,14 @@ static inline float exp_float(float x) {
 
 static inline real exponential(real x) { return IS_FLOAT ? exp_float((float)x) : (real)exp((double)x); }
 
+static inline int64_t thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 static inline real dot(const real *a, const real *b, int64_t n) {
     real sum = 0;
     _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];

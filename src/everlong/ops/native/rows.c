@@ -91,7 +91,7 @@ static void backward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, 
 
 static int64_t conv(const Conv *s, void (*work)(const Conv *, int64_t, int64_t, int64_t, int64_t)) {
     const int64_t each = (s->tokens + s->parts - 1) / s->parts;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static, 1)
+#pragma omp parallel for num_threads((int)s->threads) if (s->threads > 1) schedule(static, 1)
     for (int64_t i = 0; i < s->batch * s->parts; i++) {
         const int64_t begin = i % s->parts * each < s->tokens ? i % s->parts * each : s->tokens;
         work(s, i / s->parts, begin, begin + each < s->tokens ? begin + each : s->tokens, i);
@@ -112,7 +112,7 @@ typedef struct {
 
 int64_t everlong_norm_forward(const Norm *s) {
     const int64_t n = s->size;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+#pragma omp parallel for num_threads((int)s->threads) if (s->threads > 1) schedule(static)
     for (int64_t r = 0; r < s->rows; r++) {
         const real *x = s->x + r * n, *gate = s->gate ? s->gate + r * n : NULL;
         const real inverse = 1 / (real)sqrt((double)(dot(x, x, n) / n) + s->eps);
@@ -146,7 +146,7 @@ static void norm_backward(const Norm *s, int64_t r, real *dweight) {
 
 int64_t everlong_norm_backward(const Norm *s) {
     const int64_t rows = s->rows, each = (rows + s->threads - 1) / s->threads;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static, 1)
+#pragma omp parallel for num_threads((int)s->threads) if (s->threads > 1) schedule(static, 1)
     for (int64_t part = 0; part < s->threads; part++) {
         const int64_t end = (part + 1) * each < rows ? (part + 1) * each : rows;
         real *dweight = s->dweight + part * s->size;
@@ -165,7 +165,7 @@ typedef struct {
 
 int64_t everlong_rotate(const Rotation *s) {
     const int64_t half = s->size / 2;
-#pragma omp parallel for num_threads((int)s->threads) schedule(static)
+#pragma omp parallel for num_threads((int)s->threads) if (s->threads > 1) schedule(static)
     for (int64_t i = 0; i < s->batch * s->tokens; i++) {
         const int64_t b = i / s->tokens, t = i % s->tokens, at = b * s->table_batch + t * half;
         const real *c = s->cos + at, *d = s->sin + at;
@@ -190,13 +190,13 @@ typedef struct {
 } Swiglu;
 
 int64_t everlong_swiglu_forward(const Swiglu *s) {
-    _Pragma("omp parallel for simd num_threads((int)s->threads) schedule(static)")
+    _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
     for (int64_t i = 0; i < s->count; i++) s->y[i] = s->gate[i] * logistic(s->gate[i]) * s->x[i];
     return 0;
 }
 
 int64_t everlong_swiglu_backward(const Swiglu *s) {
-    _Pragma("omp parallel for simd num_threads((int)s->threads) schedule(static)")
+    _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
     for (int64_t i = 0; i < s->count; i++) {
         const real g = s->gate[i], share = logistic(g), dy = s->dy[i];
         s->dx[i] = dy * g * share;
