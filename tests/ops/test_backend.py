@@ -9,10 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everlong.ops import backends, chunk_neural_memory, current_backend, use_backend
+from everlong.ops import (
+    backends,
+    chunk_neural_memory,
+    current_backend,
+    read_neural_memory,
+    use_backend,
+)
 from everlong.ops.attention import full_attention, sliding_attention
 from everlong.ops.native import library
 from everlong.ops.neural_memory import NeuralMemoryState
+from numerics import assert_close
 
 needs_native = pytest.mark.skipif("native" not in backends(), reason="no compiler here")
 CASES = [*itertools.product((1, 2, 3), (True, False), (True, False), (True, False))]
@@ -58,10 +65,36 @@ def results(backend, dtype, layers, momentum, decay, normed, chunk=5, tokens=35)
 def test_the_native_scan_is_the_eager_one(layers, momentum, decay, normed):
     case = (layers, momentum, decay, normed)
     exact = results("eager", torch.float64, *case)
-    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
-        got = results("native", dtype, *case)
-        for want, x in zip(exact, got, strict=True):
-            assert (x.double() - want).abs().max() <= tolerance * want.abs().max()
+    for want, got in zip(exact, results("native", torch.float64, *case), strict=True):
+        assert_close("float64", got, want)
+    # In float32 no further from these than the eager scan is, but for luck with so few roundings.
+    single = (results(name, torch.float32, *case) for name in ("eager", "native"))
+    for want, eager, native in zip(exact, *single, strict=True):
+        error = [(x.double() - want).abs().max() / want.abs().max() for x in (eager, native)]
+        assert error[1] <= 4 * error[0] + 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("normed", [True, False])
+def test_native_reading_at_given_weights(layers, normed):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    widths = [6, *[10] * (layers - 1), 6]
+    weights = [random(2, 3, *pair) for pair in itertools.pairwise(widths)]
+    q, scale = random(2, 70, 3, 6), random(3, 6) if normed else None
+    dy = torch.randn(2, 70, 3, 6, dtype=torch.float64, generator=generator)
+    found = []
+    for backend in ("eager", "auto"):
+        with use_backend(backend):
+            y = read_neural_memory(q, weights, scale)
+            given = [q, *weights, *([scale] if normed else [])]
+            found.append([y, *torch.autograd.grad((y * dy).sum(), given)])
+    for want, got in zip(*found, strict=True):
+        assert_close("reading", got, want)
 
 
 @needs_native
@@ -87,7 +120,7 @@ def test_native_attention_over_several_blocks(window):
     assert "Causal" not in type(found[0][0].grad_fn).__name__
     assert "CausalAttention" in type(found[1][0].grad_fn).__name__
     for want, got in zip(*found, strict=True):
-        assert torch.allclose(got, want, atol=1e-11)
+        assert_close("attention", got, want)
 
 
 @needs_native
@@ -111,7 +144,7 @@ def test_what_the_native_scan_keeps_for_the_way_back(momentum):
     with use_backend("native"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         chunk_neural_memory(*rows, -gates[0], gates[1], gates[2] if momentum else None, state=state)
     parts = 2 if momentum else 1
-    interval = 4  # the root of half the chunks
+    interval = 8  # the root of twice the chunks
     products = memories * chunks * chunk * (2 * chunk + wide + (1 + parts) * size)
     states = memories * (chunks // interval) * parts * 2 * size * wide
     assert sorted(sizes.values())[-2:] == sorted([products, states])

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from everlong.ops.backend import native_takes
 from everlong.ops.chunk_scan import (
     carry_chunk,
     layer_coefficients,
@@ -30,6 +31,7 @@ from everlong.ops.decay import ChunkCoefficients, Gates, chunk_coefficients
 from everlong.ops.documents import Piece
 from everlong.ops.inner_mlp import NORM_EPS, InnerGradient, apply_memory, memory_output
 from everlong.ops.memory_state import NeuralMemoryState
+from everlong.ops.native.scan import MAX_LAYERS, read_native, scan_wins
 from everlong.ops.state import agreed, per_row
 
 
@@ -42,6 +44,9 @@ def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | Non
     rows = q.transpose(1, 2).to(weights[0].dtype)
     scale = None if scale is None else scale.to(rows.dtype)
     with torch.autocast(q.device.type, enabled=False):
+        layers_fit = len(weights) <= MAX_LAYERS and scan_wins(rows)
+        if layers_fit and native_takes(rows, scale, *weights):
+            return read_native(rows, weights, scale).transpose(1, 2).to(q.dtype)
         return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
 
 

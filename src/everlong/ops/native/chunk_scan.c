@@ -739,6 +739,94 @@ static void backward_of(const Shape *s, const Tensors *x, int64_t memory, real *
     copy_state(s, x->dweights, x->dmomentum, b, h, d.state, 1);
 }
 
+/* --- reading at given weights, nothing written ---------------------------------------------------- */
+
+typedef struct { /* some rows on their way through the network */
+    int64_t b, h, first, rows;
+    const real *scale;
+    real *hidden[MAX_LAYERS], *z[MAX_LAYERS], *slope[MAX_LAYERS], *grad, *other, *normed;
+} Reading;
+
+static const real *reading_rows(const Rows *r, const Reading *o) {
+    return r->at + o->b * r->batch + o->h * r->head + o->first * r->row;
+}
+
+static void place_reading(const Shape *s, const Tensors *x, int64_t memory, Reading *o, real *scratch) {
+    const int64_t c = s->chunk;
+    o->b = memory / s->heads, o->h = memory % s->heads;
+    o->scale = s->scaled ? x->scale + o->h * s->size : NULL;
+    for (int l = 0; l < s->layers; l++) {
+        o->hidden[l] = take(&scratch, c * s->widths[l + 1]);
+        o->z[l] = take(&scratch, c * s->widths[l]), o->slope[l] = take(&scratch, c * s->widths[l]);
+    }
+    o->grad = take(&scratch, c * widest(s)), o->other = take(&scratch, c * widest(s));
+    o->normed = take(&scratch, c * s->size);
+}
+
+static void read_through(const Shape *s, const Tensors *x, Reading *o) {
+    for (int l = 0; l < s->layers; l++) {
+        const int64_t in = s->widths[l], out = s->widths[l + 1];
+        const Rows *w = &x->weights[l];
+        const real *from = l ? o->z[l] : reading_rows(&x->q, o);
+        if (l) gelu_and_slope(o->hidden[l - 1], o->z[l], o->slope[l], o->rows * in);
+        multiply(x->gemm, 0, 0, o->rows, out, in, from, l ? in : x->q.row, w->at + o->b * w->batch + o->h * w->head,
+                 w->row, 0, o->hidden[l], out);
+    }
+}
+
+static void reading_forward(const Shape *s, const Tensors *x, int64_t memory, real *scratch) {
+    const int64_t size = s->size;
+    Reading o;
+    place_reading(s, x, memory, &o, scratch);
+    for (o.first = 0; o.first < s->tokens; o.first += o.rows) {
+        o.rows = s->tokens - o.first < s->chunk ? s->tokens - o.first : s->chunk;
+        read_through(s, x, &o);
+        const real *q = reading_rows(&x->q, &o), *last = o.hidden[s->layers - 1];
+        real *y = (real *)reading_rows(&x->y, &o);
+        for (int64_t t = 0; t < o.rows; t++, q += x->q.row, y += x->y.row, last += size) {
+            if (o.scale) normalise(last, o.normed, size);
+            if (o.scale) EACH(int64_t i = 0; i < size; i++) y[i] = q[i] + o.scale[i] * o.normed[i];
+            else memcpy(y, last, size * sizeof(real));
+        }
+    }
+}
+
+static void reading_backward(const Shape *s, const Tensors *x, int64_t memory, real *scratch) {
+    const int64_t size = s->size;
+    Reading o;
+    place_reading(s, x, memory, &o, scratch);
+    for (o.first = 0; o.first < s->tokens; o.first += o.rows) {
+        o.rows = s->tokens - o.first < s->chunk ? s->tokens - o.first : s->chunk;
+        read_through(s, x, &o);
+        const real *dy = reading_rows(&x->dy, &o), *last = o.hidden[s->layers - 1];
+        for (int64_t t = 0; t < o.rows; t++, dy += x->dy.row, last += size) {
+            real *to = o.grad + t * size, *dscale = x->dscale + memory * size;
+            if (!o.scale) {
+                memcpy(to, dy, size * sizeof(real));
+                continue;
+            }
+            const real inverse = normalise(last, o.normed, size);
+            EACH(int64_t i = 0; i < size; i++) dscale[i] += dy[i] * o.normed[i];
+            EACH(int64_t i = 0; i < size; i++) o.other[i] = dy[i] * o.scale[i];
+            normalise_back(o.other, o.normed, inverse, to, size);
+        }
+        for (int l = (int)s->layers - 1; l >= 0; l--) {
+            const int64_t in = s->widths[l], out = s->widths[l + 1];
+            const Rows *w = &x->weights[l], *dw = &x->dweights[l];
+            const real *from = l ? o.z[l] : reading_rows(&x->q, &o);
+            multiply(x->gemm, 1, 0, in, out, o.rows, from, l ? in : x->q.row, o.grad, out, 1,
+                     dw->at + o.b * dw->batch + o.h * dw->head, dw->row);
+            multiply(x->gemm, 0, 1, o.rows, in, out, o.grad, out, w->at + o.b * w->batch + o.h * w->head, w->row, 0,
+                     o.other, in);
+            if (l) EACH(int64_t i = 0; i < o.rows * in; i++) o.grad[i] = o.other[i] * o.slope[l][i];
+        }
+        dy = reading_rows(&x->dy, &o);
+        real *dq = (real *)reading_rows(&x->dq, &o);
+        for (int64_t t = 0; t < o.rows; t++, dq += x->dq.row, dy += x->dy.row)
+            EACH(int64_t i = 0; i < size; i++) dq[i] = o.other[t * size + i] + (o.scale ? dy[i] : 0);
+    }
+}
+
 /* --- entry points ------------------------------------------------------------------------------ */
 
 typedef void (*Work)(const Shape *, const Tensors *, int64_t, real *);
@@ -757,3 +845,5 @@ static int64_t for_each_memory(const Shape *s, const Tensors *x, Work work) {
 
 int64_t everlong_scan_forward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, forward_of); }
 int64_t everlong_scan_backward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, backward_of); }
+int64_t everlong_read_forward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, reading_forward); }
+int64_t everlong_read_backward(const Shape *s, const Tensors *x) { return for_each_memory(s, x, reading_backward); }

@@ -81,7 +81,7 @@ class Shape(ctypes.Structure):
         shape.decay, shape.scaled = inputs[5] is not None, inputs[3] is not None
         shape.parts = 1 if inputs[6] is None else 2
         # What is kept of states and what a group of chunks needs at once grow alike.
-        shape.interval = max(1, math.isqrt(q.shape[2] // chunk_size // 2))
+        shape.interval = max(1, math.isqrt(q.shape[2] // chunk_size * 2))
         shape.threads = threads_for(q.numel())
         shape.widths[: layers + 1] = [q.shape[3], *(w.shape[3] for w in inputs[7 : 7 + layers])]
         return shape
@@ -179,3 +179,50 @@ def _room(native: Library, shape: Shape) -> Tensors:
         torch.empty(memories, count, size, dtype=native.dtype)
         for count, size in zip(counts, sizes, strict=True)
     )
+
+
+READ_ROWS = 64  # tokens at a time
+
+
+def read_native(q: Tensor, weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+    """y = M(q) at given weights, q [B, H, T, K]; keeps its inputs alone for the way back."""
+    return _Read.apply(len(weights), q, scale, *weights)
+
+
+class _Read(torch.autograd.Function):
+    """As `read_native`."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, q: Tensor, scale: Tensor | None, *weights: Tensor) -> Tensor:
+        scale = None if scale is None else scale.contiguous()
+        q, weights = dense(q), tuple(map(dense, weights))
+        y = torch.empty_like(q)
+        shape, arguments = _reading(layers, q, scale, weights)
+        arguments.y = Rows.of(y)
+        arguments.run(library(q.dtype), "everlong_read_forward", shape)
+        ctx.layers = layers
+        ctx.save_for_backward(q, scale, *weights)
+        return y
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        q, scale, *weights = ctx.saved_tensors
+        dy, dq = dense(dy), torch.empty_like(q)
+        dweights = [w.new_zeros(w.shape) for w in weights]
+        dscale = q.new_zeros(*q.shape[:2], q.shape[3])
+        shape, arguments = _reading(ctx.layers, q, scale, weights)
+        arguments.dy, arguments.dq, arguments.dscale = Rows.of(dy), Rows.of(dq), dscale.data_ptr()
+        arguments.put("d", dweights, ctx.layers)
+        arguments.run(library(q.dtype), "everlong_read_backward", shape)
+        return (None, dq, None if scale is None else dscale.sum(0), *dweights)
+
+
+def _reading(
+    layers: int, q: Tensor, scale: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Shape, Arguments]:
+    """What a reading is told: rows that are of no use to it stand for k and v."""
+    inputs = (q, q, q, scale, q.new_empty(1, 1, 1, 1), None, None, *weights)
+    shape = Shape.of(inputs, layers, READ_ROWS)
+    shape.interval = 1
+    return shape, Arguments.of(inputs, layers, ())
