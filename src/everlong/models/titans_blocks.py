@@ -24,7 +24,7 @@ from everlong.layers import (
 )
 from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import BlockOutput, begin, join_pieces
-from everlong.ops import NeuralMemoryState
+from everlong.ops import NeuralMemoryState, sigmoid_gate
 from everlong.ops.documents import Cuts
 from everlong.ops.state import State, choose
 
@@ -186,7 +186,7 @@ class MAG(MemoryBlock):
         """See the class."""
         seen, attention = self.attention(x, state.attention, lengths)
         out = self.memory.read_write(x, state.memory, lengths, trace)
-        y = self.attention_norm(seen) * torch.sigmoid(self.memory_norm(out.y))
+        y = sigmoid_gate(self.memory_norm(out.y), self.attention_norm(seen))
         state = MemoryAndAttentionState(out.state, attention)
         return BlockOutput(y, state, out.strength, out.trace)
 
@@ -266,7 +266,7 @@ class MAC(MemoryBlock):
         seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
         y = self.attention_norm(seen)
         out = self.memory.read_write(y, state.memory, lengths, trace)
-        y = y * torch.sigmoid(self.memory_norm(out.y))
+        y = sigmoid_gate(self.memory_norm(out.y), y)
         # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
         ended, weights = attention.position == 0, state.weights
         if isinstance(ended, Tensor):

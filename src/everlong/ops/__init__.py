@@ -9,7 +9,7 @@ from everlong.ops.neural_memory import (
     read_neural_memory,
     recurrent_neural_memory,
 )
-from everlong.ops.norm import rms_norm, swiglu, unit_length, unit_rms
+from everlong.ops.norm import rms_norm, sigmoid_gate, swiglu, unit_length, unit_rms
 
 __all__ = [
     "MemoryTrace",
@@ -21,6 +21,7 @@ __all__ = [
     "read_neural_memory",
     "recurrent_neural_memory",
     "rms_norm",
+    "sigmoid_gate",
     "swiglu",
     "trace_neural_memory",
     "unit_length",

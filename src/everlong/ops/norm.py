@@ -7,7 +7,7 @@ from torch import Tensor
 
 from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
-from everlong.ops.native.rows import GatedNorm, Swiglu
+from everlong.ops.native.rows import GatedNorm, GateProduct
 
 UNIT_EPS = 1e-6
 
@@ -35,9 +35,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
 
 def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     """silu(gate) * x, of one shape."""
-    if native_takes(gate, x):
-        return Swiglu.apply(gate, x)
+    if gate.shape == x.shape and native_takes(gate, x):
+        return GateProduct.apply(gate, x, False)
     return torch.nn.functional.silu(gate) * x
+
+
+def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """sigmoid(gate) * x, of one shape."""
+    if gate.shape == x.shape and native_takes(gate, x):
+        return GateProduct.apply(gate, x, True)
+    return x * torch.sigmoid(gate)
 
 
 def _rescaled(x: Tensor, share: float, eps: float) -> Tensor:

@@ -182,25 +182,31 @@ int64_t everlong_rotate(const Rotation *s) {
     return 0;
 }
 
-/* y = silu(gate) x and the way back, of n numbers. */
+/* y = silu(gate) x, or (plain) logistic(gate) x, and the way back, of n numbers. */
 typedef struct {
-    int64_t count, threads;
+    int64_t count, plain, threads;
     const real *gate, *x, *dy;
     real *y, *dgate, *dx;
-} Swiglu;
+} Product;
 
-int64_t everlong_swiglu_forward(const Swiglu *s) {
+int64_t everlong_product_forward(const Product *s) {
+    const real plain = s->plain;
     _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
-    for (int64_t i = 0; i < s->count; i++) s->y[i] = s->gate[i] * logistic(s->gate[i]) * s->x[i];
+    for (int64_t i = 0; i < s->count; i++) {
+        const real g = s->gate[i];
+        s->y[i] = (plain + (1 - plain) * g) * logistic(g) * s->x[i];
+    }
     return 0;
 }
 
-int64_t everlong_swiglu_backward(const Swiglu *s) {
+int64_t everlong_product_backward(const Product *s) {
+    const real plain = s->plain;
     _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
     for (int64_t i = 0; i < s->count; i++) {
         const real g = s->gate[i], share = logistic(g), dy = s->dy[i];
-        s->dx[i] = dy * g * share;
-        s->dgate[i] = dy * s->x[i] * share * (1 + g * (1 - share));
+        const real slope = (plain + (1 - plain) * g) * (1 - share) + (1 - plain);
+        s->dx[i] = dy * (plain + (1 - plain) * g) * share;
+        s->dgate[i] = dy * s->x[i] * share * slope;
     }
     return 0;
 }

@@ -151,23 +151,29 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-class _Swiglu(ctypes.Structure):
-    """`Swiglu` of rows.c."""
+class _Product(ctypes.Structure):
+    """`Product` of rows.c."""
 
-    _fields_ = [*integers("count threads"), *pointers("gate x dy y dgate dx")]
+    _fields_ = [*integers("count plain threads"), *pointers("gate x dy y dgate dx")]
+
+    @classmethod
+    def of(cls, gate: Tensor, x: Tensor, plain: bool) -> "_Product":
+        """For two dense tensors."""
+        return cls(x.numel(), plain, threads_for(x.numel()), gate.data_ptr(), x.data_ptr())
 
 
-class Swiglu(torch.autograd.Function):
-    """silu(gate) x, keeping these two alone."""
+class GateProduct(torch.autograd.Function):
+    """silu(gate) x, or (plain) sigmoid(gate) x, keeping these two alone."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, x: Tensor, plain: bool) -> Tensor:
         gate, x = gate.contiguous(), x.contiguous()
         y = torch.empty_like(x)
-        swiglu = _Swiglu(x.numel(), threads_for(x.numel()), gate.data_ptr(), x.data_ptr())
-        swiglu.y = y.data_ptr()
-        library(x.dtype).call("everlong_swiglu_forward", swiglu)
+        product = _Product.of(gate, x, plain)
+        product.y = y.data_ptr()
+        library(x.dtype).call("everlong_product_forward", product)
         ctx.save_for_backward(gate, x)
+        ctx.plain = plain
         return y
 
     @staticmethod
@@ -175,7 +181,7 @@ class Swiglu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, x = ctx.saved_tensors
         dy, dgate, dx = dy.contiguous(), torch.empty_like(gate), torch.empty_like(x)
-        swiglu = _Swiglu(x.numel(), threads_for(x.numel()), gate.data_ptr(), x.data_ptr())
-        swiglu.dy, swiglu.dgate, swiglu.dx = dy.data_ptr(), dgate.data_ptr(), dx.data_ptr()
-        library(x.dtype).call("everlong_swiglu_backward", swiglu)
-        return dgate, dx
+        product = _Product.of(gate, x, ctx.plain)
+        product.dy, product.dgate, product.dx = dy.data_ptr(), dgate.data_ptr(), dx.data_ptr()
+        library(x.dtype).call("everlong_product_backward", product)
+        return dgate, dx, None
