@@ -23,9 +23,8 @@ from typing import Any
 from checks import check_reading
 from common import MIB, begin, parser, save, seconds_of, spread, table, told
 from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
-from reading import memory_now
-
 from everlong.allocator import keep_freed_memory
+from reading import memory_now
 
 TOKENS = {"tiny": 640, "quick": 300_000, "full": 2_000_000}
 BLOCK = {"tiny": 64, "quick": 10_000, "full": 10_000}
