@@ -5,8 +5,7 @@ Notable here:
 
 - Each kind of layer has a process of its own. It tells time and resident memory after each block of
   10,000 tokens, which are made as they are read.
-- The process keeps freed memory (`everlong.allocator`): so the heap of the C library has its size
-  sooner than by default, where holes fill over 160,000 tokens and more.
+- The process keeps freed memory (`everlong.allocator`), as in training.
 - The first 100,000 tokens are warm-up. Told are resident
   memory after that, largest over smallest, and the median speed of the last 100,000 tokens' blocks over
   that of the first 100,000 after warm-up.
