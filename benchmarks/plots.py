@@ -78,7 +78,7 @@ def bars(
     )
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(each["max"] for each in spreads))
+    axes.set_xlim(0, 1.25 * max(each["max"] for each in spreads) or 1)  # tiny sizes may cost 0
     for place, each in zip(places, spreads, strict=True):
         axes.annotate(
             f"{each['median']:,.0f}",
