@@ -86,7 +86,7 @@ def _native_does(
 ) -> bool:
     """Whether the native code takes it: all past slots hold a token, and blocks' scores stay small."""
     whole = past is None or (isinstance(past, int) and past == k.shape[2] // each - q.shape[2])
-    return whole and attention_wins(k, window) and native_takes(q, k, v, *(prefix or ()))
+    return whole and native_takes(q, k, v, *(prefix or ())) and attention_wins(k, window)
 
 
 def causal_mask(

@@ -44,8 +44,8 @@ def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | Non
     rows = q.transpose(1, 2).to(weights[0].dtype)
     scale = None if scale is None else scale.to(rows.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        layers_fit = len(weights) <= MAX_LAYERS and scan_wins(rows)
-        if layers_fit and native_takes(rows, scale, *weights):
+        takes = native_takes(rows, scale, *weights) and len(weights) <= MAX_LAYERS
+        if takes and scan_wins(rows):
             return read_native(rows, weights, scale).transpose(1, 2).to(q.dtype)
         return apply_memory(rows, weights, scale).transpose(1, 2).to(q.dtype)
 
