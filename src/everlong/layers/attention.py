@@ -140,7 +140,11 @@ class Attention(nn.Module):
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """[B, T, D] as heads [B, N, T, K]."""
-        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self._split(projection(x))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, T, N K] as heads [B, N, T, K]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -208,7 +212,7 @@ class SegmentAttention(Attention):
         Returns y [B, T, D] and the state, a new segment's where one is full.
         """
         state = self._checked(state, h)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in rows)
+        q, k, v = map(self._split, rows)
         memory_k, memory_v = self._heads(self.k_proj, h), self._heads(self.v_proj, h)
         q, k, memory_k = self._rotated(state, q, k, memory_k)
         k = join_keys(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))

@@ -17,6 +17,7 @@ from everlong.ops.native.library import (
 )
 
 BLOCK = 64  # queries at a time
+INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
 MOST_KEYS = 8192  # that a block may see: its scores are there all at once
 
 
@@ -69,14 +70,13 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, each: int, window: int, *inputs: Tensor | None) -> Tensor:
-        names = ("q", "k", "v", "prefix_k", "prefix_v")
         given = [None if x is None else dense(x) for x in inputs]
         q = given[0]
         assert q is not None
         # Each token's heads side by side, as what comes next wants them.
         y = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         log_sum = q.new_empty(q.shape[:3])
-        attention = _Attention.of({**dict(zip(names, given, strict=True)), "y": y}, each, window)
+        attention = _Attention.of({**dict(zip(INPUTS, given, strict=True)), "y": y}, each, window)
         attention.run("everlong_attention_forward", log_sum)
         ctx.each, ctx.window = each, window
         ctx.save_for_backward(*given, y, log_sum)
@@ -86,16 +86,11 @@ class CausalAttention(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         *given, y, log_sum = ctx.saved_tensors
-        names = ("q", "k", "v", "prefix_k", "prefix_v")
-        tensors = dict(zip(names, given, strict=True))
-        grads = {
-            "d" + name: None
-            if x is None
-            else torch.zeros_like(x)
-            if name != "q"
-            else torch.empty_like(x)
-            for name, x in tensors.items()
-        }
+        tensors = dict(zip(INPUTS, given, strict=True))
+        grads = {"dq": torch.empty_like(given[0])}
+        for name in INPUTS[1:]:  # blocks add to these
+            x = tensors[name]
+            grads["d" + name] = None if x is None else torch.zeros_like(x)
         attention = _Attention.of({**tensors, **grads, "y": y, "dy": dense(dy)}, ctx.each, ctx.window)
         attention.run("everlong_attention_backward", log_sum)
         return (None, None, *grads.values())

@@ -160,6 +160,38 @@ static void normalise_back(const real *grad, const real *normed, real inverse, r
     EACH(int64_t i = 0; i < n; i++) out[i] = inverse * (grad[i] - mean - normed[i] * along);
 }
 
+/* y = q + scale LN(last) of some rows, or last without a scale; normed: room for a row. */
+static void put_output(const Shape *s, const real *scale, int64_t rows, const real *q, int64_t ldq, const real *last,
+                       real *normed, real *y, int64_t ldy) {
+    const int64_t size = s->size;
+    for (int64_t t = 0; t < rows; t++, q += ldq, y += ldy, last += size) {
+        if (!scale) {
+            memcpy(y, last, size * sizeof(real));
+            continue;
+        }
+        normalise(last, normed, size);
+        EACH(int64_t i = 0; i < size; i++) y[i] = q[i] + scale[i] * normed[i];
+    }
+}
+
+/* Back through `put_output`: the gradient of `last`, and dscale is added to; q's is dy. */
+static void output_back(const Shape *s, const real *scale, int64_t rows, const real *dy, int64_t lddy, const real *last,
+                        real *normed, real *scaled, real *dlast, real *dscale) {
+    const int64_t size = s->size;
+    for (int64_t t = 0; t < rows; t++, dy += lddy, last += size, dlast += size) {
+        if (!scale) {
+            memcpy(dlast, dy, size * sizeof(real));
+            continue;
+        }
+        const real inverse = normalise(last, normed, size);
+        EACH(int64_t i = 0; i < size; i++) {
+            dscale[i] += dy[i] * normed[i];
+            scaled[i] = dy[i] * scale[i];
+        }
+        normalise_back(scaled, normed, inverse, dlast, size);
+    }
+}
+
 /* out rows = a x rows | b x rows side by side (part 1 only with momentum), [C, parts n]. */
 static void scale_rows(const Shape *s, const real *x, int64_t ldx, const real *a, const real *b, real *out,
                        int64_t n) {
@@ -398,7 +430,7 @@ static void inner_gradient(Chunk *n, int curve) {
 /* y_t = M_t(q_t) of all rows, keeping the products that the way back needs. */
 static void read_rows(Chunk *n, real *scratch) {
     const Shape *s = n->s;
-    const int64_t c = s->chunk, size = s->size;
+    const int64_t c = s->chunk;
     gemm_t gemm = n->x->gemm;
     real *scaled = take(&scratch, c * s->parts * widest(s)), *weighted = take(&scratch, c * c);
     real *hidden = take(&scratch, c * widest(s));
@@ -421,16 +453,8 @@ static void read_rows(Chunk *n, real *scratch) {
         multiply(gemm, 0, 0, c, out, c, weighted, c, n->error[l], out, 1, n->out[l], out);
         if (l + 1 < s->layers) gelu(n->out[l], hidden, c * out), x = hidden, ldx = out;
     }
-    const real *q = rows_at(&n->x->q, n), *last = n->out[s->layers - 1];
-    real *y = (real *)rows_at(&n->x->y, n);
-    for (int64_t t = 0; t < c; t++, q += n->x->q.row, y += n->x->y.row, last += size) {
-        if (!n->scale) {
-            memcpy(y, last, size * sizeof(real));
-            continue;
-        }
-        normalise(last, scaled, size);
-        EACH(int64_t i = 0; i < size; i++) y[i] = q[i] + n->scale[i] * scaled[i];
-    }
+    put_output(s, n->scale, c, rows_at(&n->x->q, n), n->x->q.row, n->out[s->layers - 1], scaled,
+               (real *)rows_at(&n->x->y, n), n->x->y.row);
 }
 
 /* `after` = the state after the chunk (may be the state itself). */
@@ -559,25 +583,12 @@ static void carry_back(Chunk *n, Grads *d, real *scratch) {
 /* Back through `read_rows`, with dy in n->x->dy: adds to z, error, state, coefficients; gives q. */
 static void read_back(Chunk *n, Grads *d, real *scratch) {
     const Shape *s = n->s;
-    const int64_t c = s->chunk, size = s->size, wide = widest(s);
+    const int64_t c = s->chunk, wide = widest(s);
     gemm_t gemm = n->x->gemm;
     real *dout = take(&scratch, c * wide), *dx = take(&scratch, c * wide), *x = take(&scratch, c * wide);
     real *slope = take(&scratch, c * wide), *both_rows = take(&scratch, c * s->parts * wide);
     real *dproduct = take(&scratch, c * c), *weighted = take(&scratch, c * c);
-    const real *dy = rows_at(&n->x->dy, n), *last = n->out[s->layers - 1];
-    for (int64_t t = 0; t < c; t++, dy += n->x->dy.row) {
-        real *to = dout + t * size;
-        if (!n->scale) {
-            memcpy(to, dy, size * sizeof(real));
-            continue;
-        }
-        const real inverse = normalise(last + t * size, x, size);
-        EACH(int64_t i = 0; i < size; i++) {
-            d->scale[i] += dy[i] * x[i];
-            dx[i] = dy[i] * n->scale[i];
-        }
-        normalise_back(dx, x, inverse, to, size);
-    }
+    output_back(s, n->scale, c, rows_at(&n->x->dy, n), n->x->dy.row, n->out[s->layers - 1], x, dx, dout, d->scale);
     for (int l = (int)s->layers - 1; l >= 0; l--) {
         const int64_t in = s->widths[l], out = s->widths[l + 1], ld = row_stride(s, l);
         const Coefficients *o = &n->of[l];
@@ -775,19 +786,13 @@ static void read_through(const Shape *s, const Tensors *x, Reading *o) {
 }
 
 static void reading_forward(const Shape *s, const Tensors *x, int64_t memory, real *scratch) {
-    const int64_t size = s->size;
     Reading o;
     place_reading(s, x, memory, &o, scratch);
     for (o.first = 0; o.first < s->tokens; o.first += o.rows) {
         o.rows = s->tokens - o.first < s->chunk ? s->tokens - o.first : s->chunk;
         read_through(s, x, &o);
-        const real *q = reading_rows(&x->q, &o), *last = o.hidden[s->layers - 1];
-        real *y = (real *)reading_rows(&x->y, &o);
-        for (int64_t t = 0; t < o.rows; t++, q += x->q.row, y += x->y.row, last += size) {
-            if (o.scale) normalise(last, o.normed, size);
-            if (o.scale) EACH(int64_t i = 0; i < size; i++) y[i] = q[i] + o.scale[i] * o.normed[i];
-            else memcpy(y, last, size * sizeof(real));
-        }
+        put_output(s, o.scale, o.rows, reading_rows(&x->q, &o), x->q.row, o.hidden[s->layers - 1], o.normed,
+                   (real *)reading_rows(&x->y, &o), x->y.row);
     }
 }
 
@@ -798,18 +803,9 @@ static void reading_backward(const Shape *s, const Tensors *x, int64_t memory, r
     for (o.first = 0; o.first < s->tokens; o.first += o.rows) {
         o.rows = s->tokens - o.first < s->chunk ? s->tokens - o.first : s->chunk;
         read_through(s, x, &o);
-        const real *dy = reading_rows(&x->dy, &o), *last = o.hidden[s->layers - 1];
-        for (int64_t t = 0; t < o.rows; t++, dy += x->dy.row, last += size) {
-            real *to = o.grad + t * size, *dscale = x->dscale + memory * size;
-            if (!o.scale) {
-                memcpy(to, dy, size * sizeof(real));
-                continue;
-            }
-            const real inverse = normalise(last, o.normed, size);
-            EACH(int64_t i = 0; i < size; i++) dscale[i] += dy[i] * o.normed[i];
-            EACH(int64_t i = 0; i < size; i++) o.other[i] = dy[i] * o.scale[i];
-            normalise_back(o.other, o.normed, inverse, to, size);
-        }
+        const real *dy = reading_rows(&x->dy, &o);
+        output_back(s, o.scale, o.rows, dy, x->dy.row, o.hidden[s->layers - 1], o.normed, o.other, o.grad,
+                    x->dscale + memory * size);
         for (int l = (int)s->layers - 1; l >= 0; l--) {
             const int64_t in = s->widths[l], out = s->widths[l + 1];
             const Rows *w = &x->weights[l], *dw = &x->dweights[l];
@@ -820,7 +816,6 @@ static void reading_backward(const Shape *s, const Tensors *x, int64_t memory, r
                      o.other, in);
             if (l) EACH(int64_t i = 0; i < o.rows * in; i++) o.grad[i] = o.other[i] * o.slope[l][i];
         }
-        dy = reading_rows(&x->dy, &o);
         real *dq = (real *)reading_rows(&x->dq, &o);
         for (int64_t t = 0; t < o.rows; t++, dq += x->dq.row, dy += x->dy.row)
             EACH(int64_t i = 0; i < size; i++) dq[i] = o.other[t * size + i] + (o.scale ? dy[i] : 0);
