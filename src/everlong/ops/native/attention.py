@@ -87,7 +87,7 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         *given, y, log_sum = ctx.saved_tensors
         tensors = dict(zip(INPUTS, given, strict=True))
-        grads = {"dq": torch.empty_like(given[0])}
+        grads: dict[str, Tensor | None] = {"dq": torch.empty_like(given[0])}
         for name in INPUTS[1:]:  # blocks add to these
             x = tensors[name]
             grads["d" + name] = None if x is None else torch.zeros_like(x)
