@@ -409,8 +409,13 @@ def test_lora(kind, tmp_path):
 
 
 def compiled_equals_eager(kind, backend):
-    """Training at two lengths, and reading on from a cache, in one graph each."""
-    model, ids, grads = titans(kind)(), text(2, SEGMENT + 1), []
+    """Training at two lengths, and reading on from a cache, in one graph each.
+
+    In float64: the compiler takes PyTorch's operations where eager takes native code, and one draw
+    in hundreds makes the rounding of any float32 as large as its tolerance.
+    """
+    torch.manual_seed(0)
+    model, ids, grads = titans(kind)().double(), text(2, SEGMENT + 1), []
     torch._dynamo.reset()
     for read in (model, torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
@@ -423,13 +428,13 @@ def compiled_equals_eager(kind, backend):
         found |= {n: p.grad.clone() for n, p in model.named_parameters()}
         grads.append(found)
     for name in grads[0]:
-        assert_close(name, grads[1][name], grads[0][name], torch.float32)
+        assert_close(name, grads[1][name], grads[0][name])
     with torch.no_grad():
         want = model(ids).logits
         cache = MemoryCache(1)
         read(ids[:, :5].clone(), past_key_values=cache)
         got = [read(token.clone(), past_key_values=cache).logits for token in ids[:, 5:].split(1, 1)]
-    assert_close("decoded", torch.cat(got, 1), want[:, 5:], torch.float32)
+    assert_close("decoded", torch.cat(got, 1), want[:, 5:])
 
 
 COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself

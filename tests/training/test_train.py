@@ -1,4 +1,5 @@
 import functools
+import importlib
 import json
 import os
 import random
@@ -135,6 +136,22 @@ def test_ctrl_c_saves_a_checkpoint_and_resuming_equals_a_run_without_it(
     assert result["tokens"] == 8 * 2 * 96
     assert [line["step"] for line in lines(tmp_path / "cut")] == [2, 4, 6, 8]
     assert all(line["loss"] > 1 for line in lines(tmp_path / "cut"))
+
+
+def test_ctrl_c_while_the_processes_ask_each_other_counts_at_the_next_step(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    asked = []
+
+    def answer(flag):  # no process had the signal when they asked
+        asked.append(flag)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return flag
+
+    monkeypatch.setattr(importlib.import_module("everlong.training.train"), "any_process", answer)
+    with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+        train(run(tiny_recipe(max_steps=8), tmp_path / "run"))
 
 
 def test_a_run_can_be_resumed_for_more_steps(tiny_recipe, tmp_path):

@@ -361,8 +361,9 @@ class _Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The signal reaches processes at different steps; a checkpoint is written by all at one.
-        self.requested = any_process(self.requested)
-        if self.requested:
+        # One that comes while they ask each other must not be overwritten by their answer.
+        if any_process(self.requested):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
 
