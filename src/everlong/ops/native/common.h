@@ -34,13 +34,10 @@ static inline real *take(real **at, int64_t n) { /* the next n numbers of a buff
     return p;
 }
 
-/* out = beta out + op(a) op(b), [m, n] with inner dimension k; ta, tb: transposed as stored. */
-static inline void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a,
-                     int64_t lda, const real *b, int64_t ldb, real beta, real *out, int64_t ldo) {
-    const int im = (int)m, in = (int)n, ik = (int)k, ia = (int)lda, ib = (int)ldb, io = (int)ldo;
-    const real one = 1;
-    gemm(tb ? "T" : "N", ta ? "T" : "N", &in, &im, &ik, &one, b, &ib, a, &ia, &beta, out, &io);
-}
+/* out (+)= op(a) op(b), [m, n] with inner dimension k, at least 1; ta, tb: transposed as stored; gemm: for
+ * what is too large or does not fill vectors. */
+void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
+              const real *b, int64_t ldb, int add, real *out, int64_t ldo);
 
 /* exp in float32, made to be vectorised: 2 ulp, and within -87 ... 88. */
 static inline float exp_float(float x) {

@@ -189,24 +189,29 @@ typedef struct {
     real *y, *dgate, *dx;
 } Product;
 
-int64_t everlong_product_forward(const Product *s) {
-    const real plain = s->plain;
-    _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
-    for (int64_t i = 0; i < s->count; i++) {
-        const real g = s->gate[i];
-        s->y[i] = (plain + (1 - plain) * g) * logistic(g) * s->x[i];
+static void product_forward(const Product *s, int64_t begin, int64_t end) {
+    const real plain = s->plain, *gate = s->gate, *x = s->x;
+    real *restrict y = s->y;
+    EACH(int64_t i = begin; i < end; i++) y[i] = (plain + (1 - plain) * gate[i]) * logistic(gate[i]) * x[i];
+}
+
+static void product_backward(const Product *s, int64_t begin, int64_t end) {
+    const real plain = s->plain, *gate = s->gate, *x = s->x, *dy = s->dy;
+    real *restrict dgate = s->dgate, *restrict dx = s->dx;
+    EACH(int64_t i = begin; i < end; i++) {
+        const real share = logistic(gate[i]), factor = plain + (1 - plain) * gate[i];
+        dx[i] = dy[i] * factor * share;
+        dgate[i] = dy[i] * x[i] * share * (factor * (1 - share) + (1 - plain));
     }
+}
+
+static int64_t product(const Product *s, void (*work)(const Product *, int64_t, int64_t)) {
+    const int64_t each = (s->count + s->threads - 1) / s->threads;
+#pragma omp parallel for num_threads((int)s->threads) if (s->threads > 1) schedule(static, 1)
+    for (int64_t part = 0; part < s->threads; part++)
+        work(s, part * each, (part + 1) * each < s->count ? (part + 1) * each : s->count);
     return 0;
 }
 
-int64_t everlong_product_backward(const Product *s) {
-    const real plain = s->plain;
-    _Pragma("omp parallel for simd num_threads((int)s->threads) if (s->threads > 1) schedule(static)")
-    for (int64_t i = 0; i < s->count; i++) {
-        const real g = s->gate[i], share = logistic(g), dy = s->dy[i];
-        const real slope = (plain + (1 - plain) * g) * (1 - share) + (1 - plain);
-        s->dx[i] = dy * (plain + (1 - plain) * g) * share;
-        s->dgate[i] = dy * s->x[i] * share * slope;
-    }
-    return 0;
-}
+int64_t everlong_product_forward(const Product *s) { return product(s, product_forward); }
+int64_t everlong_product_backward(const Product *s) { return product(s, product_backward); }
