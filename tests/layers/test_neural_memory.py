@@ -113,7 +113,8 @@ def test_memory_learns_what_it_reads():
     layer = NeuralMemory(16, 1, chunk_size=1, conv_kernel=0, max_learning_rate=0.5)
     x = torch.randn(1, 1, 16)
     state = layer.initial_state(1)
-    _, k, v, _ = layer._rows(x, None)
+    with layer._rows(x, None) as (_, k, v, _):
+        pass
     errors = []
     for _ in range(30):
         recalled = read_neural_memory(k, state.weights, layer.memory_scale())

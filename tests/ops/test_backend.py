@@ -146,7 +146,7 @@ def test_what_the_native_scan_keeps_for_the_way_back(momentum):
     parts = 2 if momentum else 1
     interval = 8  # the root of twice the chunks
     products = memories * chunks * chunk * (2 * chunk + wide + (1 + parts) * size)
-    states = memories * (chunks // interval) * parts * 2 * size * wide
+    states = memories * (chunks // interval - 1) * parts * 2 * size * wide
     assert sorted(sizes.values())[-2:] == sorted([products, states])
 
 

@@ -1,7 +1,8 @@
 """The neural memory as a layer: projections, gates and initialisation around the op."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from everlong.ops import (
 )
 from everlong.ops.decay import Gates
 from everlong.ops.documents import Documents
+from everlong.ops.recompute import recomputed
 
 
 class MemoryOutput(NamedTuple):
@@ -198,16 +200,16 @@ class NeuralMemory(nn.Module):
         trace: also report what the memory did, token by token.
         """
         state = self._checked(x, state)
-        q, k, v, tail = self._rows(x, state.conv_tail, lengths)
-        gates = self._gates(x, state.dtype)
-        scale = self._scale()
+        gates, scale, report = self._gates(x, state.dtype), self._scale(), None
         if self.read_only:
             gates = gates._replace(theta=torch.zeros_like(gates.theta))
-            y = read_neural_memory(q, state.current()[0], scale)
-            after = state
-        else:
-            y, after = chunk_neural_memory(q, k, v, *gates, state=state, scale=scale, lengths=lengths)
-        report = None
+        with self._rows(x, state.conv_tail, lengths) as (q, k, v, tail):
+            if self.read_only:
+                y, after = read_neural_memory(q, state.current()[0], scale), state
+            else:
+                y, after = chunk_neural_memory(
+                    q, k, v, *gates, state=state, scale=scale, lengths=lengths
+                )
         if trace:
             report = trace_neural_memory(k, v, gates, state=state, scale=scale, lengths=lengths)
         strength = gates.theta * (self.chunk_size / self.max_learning_rate)
@@ -243,7 +245,8 @@ class NeuralMemory(nn.Module):
 
     def _out(self, y: Tensor, gate: Tensor) -> Tensor:
         """W_o (silu(gate) * norm(y)) of what was read, y [B, T, H, K]."""
-        return self.o_proj(self.output_norm(y, gate=gate).flatten(2))
+        with recomputed(self.output_norm, y, gate) as normed:
+            return self.o_proj(normed.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H K] as [B, T, H, K]."""
@@ -288,21 +291,24 @@ class NeuralMemory(nn.Module):
                 f"layer has {self.chunk_size} and {want}: it belongs to another layer or model"
             )
 
+    @contextmanager
     def _rows(
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v [B, T, H, K] and the convolution's tail."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """q, k, v [B, T, H, K], which nothing inside keeps for its gradients, and the convolution's
+        tail."""
         rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         taps = [None] * 3 if self.conv is None else self.conv().to(rows[0].dtype).chunk(3)
         tails = [None] * 3 if tail is None else tail.chunk(3, -1)
         units = [self.head_dim, self.head_dim, None]
-        pairs = [
-            _conv_silu(row, tap, end, lengths, unit)
-            for row, tap, end, unit in zip(rows, taps, tails, units, strict=True)
-        ]
-        q, k, v = (self._heads(row) for row, _ in pairs)
-        ends = [end for _, end in pairs if end is not None]
-        return q, k, v, torch.cat(ends, -1) if ends else None
+        with ExitStack() as stack:
+            pairs = []
+            for row, tap, end, unit in zip(rows, taps, tails, units, strict=True):
+                made = recomputed(partial(_conv_silu, lengths=lengths, unit=unit), row, tap, end)
+                pairs.append(stack.enter_context(made))
+            q, k, v = (self._heads(row) for row, _ in pairs)
+            ends = [end for _, end in pairs if end is not None]
+            yield q, k, v, torch.cat(ends, -1) if ends else None
 
     def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""

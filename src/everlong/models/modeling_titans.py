@@ -19,6 +19,7 @@ from everlong.models.stateful import (
 )
 from everlong.models.titans_blocks import BLOCKS
 from everlong.ops import swiglu
+from everlong.ops.recompute import recomputed
 
 
 class TitansMLP(LlamaMLP):
@@ -28,7 +29,8 @@ class TitansMLP(LlamaMLP):
         """x: [B, T, D]."""
         if self.config.hidden_act != "silu":
             return super().forward(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        with recomputed(swiglu, self.gate_proj(x), self.up_proj(x)) as y:
+            return self.down_proj(y)
 
 
 class TitansLayer(GradientCheckpointingLayer):
@@ -76,9 +78,11 @@ class TitansLayer(GradientCheckpointingLayer):
         fresh: Tensor | None,
         trace: bool,
     ) -> BlockOutput:
-        output = self.mixer(self.input_norm(x), state, lengths, fresh, trace)
+        with recomputed(self.input_norm, x) as normed:
+            output = self.mixer(normed, state, lengths, fresh, trace)
         x = x + output.y
-        return output._replace(y=x + self.mlp(self.mlp_norm(x)))
+        with recomputed(self.mlp_norm, x) as normed:
+            return output._replace(y=x + self.mlp(normed))
 
 
 class TitansPreTrainedModel(StatefulPreTrained, PreTrainedModel):

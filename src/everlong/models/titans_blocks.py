@@ -26,6 +26,7 @@ from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import BlockOutput, begin, join_pieces
 from everlong.ops import NeuralMemoryState, sigmoid_gate
 from everlong.ops.documents import Cuts
+from everlong.ops.recompute import recomputed
 from everlong.ops.state import State, choose
 
 
@@ -186,7 +187,11 @@ class MAG(MemoryBlock):
         """See the class."""
         seen, attention = self.attention(x, state.attention, lengths)
         out = self.memory.read_write(x, state.memory, lengths, trace)
-        y = sigmoid_gate(self.memory_norm(out.y), self.attention_norm(seen))
+        with (
+            recomputed(self.memory_norm, out.y) as gate,
+            recomputed(self.attention_norm, seen) as seen,
+        ):
+            y = sigmoid_gate(gate, seen)
         state = MemoryAndAttentionState(out.state, attention)
         return BlockOutput(y, state, out.strength, out.trace)
 
@@ -264,9 +269,10 @@ class MAC(MemoryBlock):
         q, gate, *seen_by = rows
         h = self.memory.read(q, gate, state.weights)
         seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
-        y = self.attention_norm(seen)
-        out = self.memory.read_write(y, state.memory, lengths, trace)
-        y = sigmoid_gate(self.memory_norm(out.y), y)
+        with recomputed(self.attention_norm, seen) as y:
+            out = self.memory.read_write(y, state.memory, lengths, trace)
+            with recomputed(self.memory_norm, out.y) as gate:
+                y = sigmoid_gate(gate, y)
         # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
         ended, weights = attention.position == 0, state.weights
         if isinstance(ended, Tensor):

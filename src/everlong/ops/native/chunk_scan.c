@@ -31,7 +31,7 @@ typedef struct {
     const real *scale;                              /* [H, K] */
     Rows weights[MAX_LAYERS], momentum[MAX_LAYERS]; /* at the start */
     Rows last_weights[MAX_LAYERS], last_momentum[MAX_LAYERS];
-    real *states; /* [M, groups, state]: of every interval-th chunk */
+    real *states; /* [M, groups - 1, state]: of every interval-th chunk but the first */
     real *kept;   /* [M, chunks, kept]: products of the reads */
     Rows dq, dk, dv, dy;
     Gate dtheta, dlog_retain, dlog_eta;
@@ -507,8 +507,8 @@ static void forward_of(const Shape *s, const Tensors *x, int64_t memory, real *s
     real *state = take(&scratch, each), *own = take(&scratch, kept);
     copy_state(s, x->weights, x->momentum, b, h, state, 0);
     for (int64_t i = 0; i < chunks; i++) {
-        if (s->train && i % s->interval == 0)
-            memcpy(x->states + (memory * groups + i / s->interval) * each, state, each * sizeof(real));
+        if (s->train && i && i % s->interval == 0)
+            memcpy(x->states + (memory * (groups - 1) + i / s->interval - 1) * each, state, each * sizeof(real));
         begin(&n, s, x, memory, i, state);
         place_kept(&n, s->train ? x->kept + (memory * chunks + i) * kept : own);
         inner_gradient(&n, 0);
@@ -737,7 +737,8 @@ static void backward_of(const Shape *s, const Tensors *x, int64_t memory, real *
     copy_state(s, x->dweights, x->dmomentum, b, h, d.state, 0);
     for (int64_t i = groups - 1; i >= 0; i--) {
         const int64_t first = i * s->interval, end = first + s->interval < chunks ? first + s->interval : chunks;
-        memcpy(states[0], x->states + (memory * groups + i) * each, each * sizeof(real));
+        if (i) memcpy(states[0], x->states + (memory * (groups - 1) + i - 1) * each, each * sizeof(real));
+        else copy_state(s, x->weights, x->momentum, b, h, states[0], 0);
         for (int64_t j = first; j < end; j++) {
             Chunk *n = &group[j - first];
             begin(n, s, x, memory, j, states[j - first]);

@@ -23,69 +23,89 @@ static inline void inputs_of(const Conv *s, int64_t b, int64_t t, int64_t count,
     }
 }
 
-/* n channels of the convolution's row: sums over the taps. */
-static inline void convolve(const real *const *in, const real *taps, int64_t count, int64_t width, int64_t first,
-                            int64_t n, real *restrict out) {
-    const real *x = in[0] + first, *tap = taps + first;
-    EACH(int64_t i = 0; i < n; i++) out[i] = x[i] * tap[i];
+/* out = the sum over the taps of in[j] weight[j], rows of n numbers; four taps, the usual, in one pass. */
+static inline void convolve(const real *const *in, const real *weight, int64_t count, int64_t n,
+                            real *restrict out) {
+    if (count == 4) {
+        const real *a = in[0], *b = in[1], *c = in[2], *d = in[3];
+        const real *wa = weight, *wb = wa + n, *wc = wb + n, *wd = wc + n;
+        EACH(int64_t i = 0; i < n; i++) out[i] = a[i] * wa[i] + b[i] * wb[i] + c[i] * wc[i] + d[i] * wd[i];
+        return;
+    }
+    EACH(int64_t i = 0; i < n; i++) out[i] = in[0][i] * weight[i];
     for (int64_t j = 1; j < count; j++) {
-        x = in[j] + first, tap = taps + j * width + first;
+        const real *x = in[j], *tap = weight + j * n;
         EACH(int64_t i = 0; i < n; i++) out[i] += x[i] * tap[i];
     }
 }
 
+static inline real inverse_length(const Conv *s, const real *x) {
+    return s->unit ? 1 / (real)sqrt((double)(dot(x, x, s->size) + UNIT_EPS)) : 1;
+}
+
 /* Tokens begin ... end - 1. */
 static void forward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, int64_t part) {
-    const int64_t count = s->taps, n = s->size;
-    const real *in[count];
-    real row[n];
+    const int64_t n = s->width;
+    const real *in[s->taps];
     (void)part;
     for (int64_t t = begin; t < end; t++) {
-        inputs_of(s, b, t, count, in);
-        for (int64_t first = 0; first < s->width; first += n) {
-            real *y = s->y.at + b * s->y.batch + t * s->y.row + first;
-            convolve(in, s->weight, count, s->width, first, n, row);
-            EACH(int64_t i = 0; i < n; i++) row[i] *= logistic(row[i]);
-            const real inverse = s->unit ? 1 / (real)sqrt((double)(dot(row, row, n) + UNIT_EPS)) : 1;
-            EACH(int64_t i = 0; i < n; i++) y[i] = row[i] * inverse;
+        real *restrict y = s->y.at + b * s->y.batch + t * s->y.row;
+        inputs_of(s, b, t, s->taps, in);
+        convolve(in, s->weight, s->taps, n, y);
+        EACH(int64_t i = 0; i < n; i++) y[i] *= logistic(y[i]);
+        for (int64_t first = 0; s->unit && first < n; first += s->size) {
+            const real inverse = inverse_length(s, y + first);
+            EACH(int64_t i = first; i < first + s->size; i++) y[i] *= inverse;
         }
+    }
+}
+
+/* The gradient of the convolution's output at a token, [N]; y, slope: room for as much. */
+static void output_grad(const Conv *s, int64_t b, int64_t t, const real *const *in, real *restrict y,
+                        real *restrict slope, real *restrict grad) {
+    const int64_t n = s->width;
+    convolve(in, s->weight, s->taps, n, y);
+    EACH(int64_t i = 0; i < n; i++) {
+        const real share = logistic(y[i]);
+        slope[i] = share * (1 + y[i] * (1 - share));
+        y[i] *= share;
+    }
+    for (int64_t first = 0; first < n; first += s->size) {
+        const real *dy = s->dy.at + b * s->dy.batch + t * s->dy.row + first, *row = y + first;
+        const real inverse = inverse_length(s, row);
+        const real along = s->unit ? dot(dy, row, s->size) * inverse * inverse : 0;
+        EACH(int64_t i = 0; i < s->size; i++)
+            grad[first + i] = (dy[i] - along * row[i]) * inverse * slope[first + i];
     }
 }
 
 /* Gradients of x in tokens begin ... end - 1 (of the tail before token 0), and of the taps there. The
  * first tokens of the next part give to x here: they are computed by both. */
 static void backward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, int64_t part) {
-    const int64_t count = s->taps, n = s->size, reach = count - 1;
+    const int64_t count = s->taps, n = s->width, reach = count - 1;
     const int64_t last = end + reach < s->tokens ? end + reach : s->tokens;
-    real *dtaps = s->dweight + part * count * s->width, y[n], slope[n], grad[n];
-    const real *in[count];
-    memset(dtaps, 0, count * s->width * sizeof(real));
-    if (!begin) memset(s->dtail + b * reach * s->width, 0, reach * s->width * sizeof(real));
-    for (int64_t t = begin; t < last; t++) {
-        const real *all = s->dy.at + b * s->dy.batch + t * s->dy.row;
-        inputs_of(s, b, t, count, in);
-        for (int64_t first = 0; first < s->width; first += n) {
-            const real *dy = all + first;
-            convolve(in, s->weight, count, s->width, first, n, y);
-            EACH(int64_t i = 0; i < n; i++) {
-                const real share = logistic(y[i]);
-                slope[i] = share * (1 + y[i] * (1 - share));
-                y[i] *= share;
-            }
-            const real inverse = s->unit ? 1 / (real)sqrt((double)(dot(y, y, n) + UNIT_EPS)) : 1;
-            const real along = s->unit ? dot(dy, y, n) * inverse * inverse : 0;
-            EACH(int64_t i = 0; i < n; i++) grad[i] = (dy[i] - along * y[i]) * inverse * slope[i];
-            for (int64_t j = reach; j >= 0; j--) {
-                const int64_t at = t - reach + j;
-                const real *from = in[j] + first, *tap = s->weight + j * s->width + first;
-                real *dtap = dtaps + j * s->width + first;
-                real *to = at >= 0 ? s->dx.at + b * s->dx.batch + at * s->dx.row + first
-                                   : s->dtail + (b * reach + at + reach) * s->width + first;
-                if (t < end) EACH(int64_t i = 0; i < n; i++) dtap[i] += grad[i] * from[i];
-                if (j == reach && t < end) EACH(int64_t i = 0; i < n; i++) to[i] = grad[i] * tap[i];
-                else if (at < end && (at >= begin || !begin)) EACH(int64_t i = 0; i < n; i++) to[i] += grad[i] * tap[i];
-            }
+    real *dtaps = s->dweight + part * count * n, y[n], slope[n], grads[count * n];
+    const real *in[count], *now[count];
+    memset(dtaps, 0, count * n * sizeof(real));
+    memset(grads, 0, sizeof grads); /* of the last tokens, in turns; before the first there are none */
+    for (int64_t t = begin; t < end + reach; t++) { /* gives x its gradient at t - reach */
+        real *grad = grads + t % count * n;
+        if (t < last) {
+            inputs_of(s, b, t, count, in);
+            output_grad(s, b, t, in, y, slope, grad);
+        } else {
+            memset(grad, 0, n * sizeof(real));
         }
+        for (int64_t j = 0; j < count && t < end; j++) {
+            real *restrict dtap = dtaps + j * n;
+            const real *from = in[j];
+            EACH(int64_t i = 0; i < n; i++) dtap[i] += grad[i] * from[i];
+        }
+        const int64_t at = t - reach;
+        if (at < begin && begin) continue;
+        for (int64_t j = 0; j < count; j++) now[j] = grads + (at + reach - j + count) % count * n;
+        convolve(now, s->weight, count, n,
+                 at >= 0 ? s->dx.at + b * s->dx.batch + at * s->dx.row : s->dtail + (b * reach + at + reach) * n);
     }
 }
 

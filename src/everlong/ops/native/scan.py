@@ -80,8 +80,9 @@ class Shape(ctypes.Structure):
         shape = cls(*q.shape, chunk_size, layers)
         shape.decay, shape.scaled = inputs[5] is not None, inputs[3] is not None
         shape.parts = 1 if inputs[6] is None else 2
-        # What is kept of states and what a group of chunks needs at once grow alike.
-        shape.interval = max(1, math.isqrt(q.shape[2] // chunk_size * 2))
+        # What is kept of states and what a group of chunks needs at once grow alike; but the latter
+        # is there once, the former for each layer and segment.
+        shape.interval = max(8, math.isqrt(q.shape[2] // chunk_size * 2))
         shape.threads = threads_for(q.numel())
         shape.widths[: layers + 1] = [q.shape[3], *(w.shape[3] for w in inputs[7 : 7 + layers])]
         return shape
@@ -171,10 +172,10 @@ class _Scan(torch.autograd.Function):
 
 
 def _room(native: Library, shape: Shape) -> Tensors:
-    """For what the way back wants kept: states [M, groups, .] and products [M, chunks, .]."""
+    """For what the way back wants kept: states [M, groups - 1, .] and products [M, chunks, .]."""
     memories, chunks = shape.batch * shape.heads, shape.tokens // shape.chunk
     sizes = [native.call(f"everlong_{name}_size", shape) for name in ("state", "kept")]
-    counts = -(-chunks // shape.interval), chunks
+    counts = -(-chunks // shape.interval) - 1, chunks
     return tuple(
         torch.empty(memories, count, size, dtype=native.dtype)
         for count, size in zip(counts, sizes, strict=True)

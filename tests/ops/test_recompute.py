@@ -1,0 +1,96 @@
+"""What is made again on the way back gives the same gradients, and is not kept."""
+
+import weakref
+
+import pytest
+import torch
+
+from everlong.ops.recompute import recomputed
+
+
+class Counted:
+    """A function that keeps its input alone, and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, shift=None):
+        self.calls += 1
+        return Twice.apply(x)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def weights():
+    torch.manual_seed(0)
+    return [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+def loss_of(x, a, b, function, times=1, keep=None):
+    """Both of y = f(x) and of its transpose something is made."""
+    with recomputed(function, x, None) as y:
+        if keep is not None:
+            keep.append(weakref.ref(y))
+        return sum((y @ a).square().sum() + (y.T @ b).sum() for _ in range(times))
+
+
+def test_gradients_and_what_is_kept():
+    x, a, b = weights()
+    y = 2 * x
+    want = torch.autograd.grad((y @ a).square().sum() + (y.T @ b).sum(), [x, a, b])
+    function, kept = Counted(), []
+    loss = loss_of(x, a, b, function, keep=kept)
+    assert kept[0]() is None
+    assert function.calls == 1
+    for again in (True, False):
+        got = torch.autograd.grad(loss, [x, a, b], retain_graph=again)
+        assert all(map(torch.equal, got, want))
+    # Once for both products, in each of the two passes.
+    assert function.calls == 3
+
+
+def test_one_in_another():
+    x, a, b = weights()
+    inner, outer, kept = Counted(), Counted(), []
+    with recomputed(outer, x) as y:
+        middle = y @ a
+        with recomputed(inner, middle) as z:
+            kept += [weakref.ref(y), weakref.ref(z)]
+            loss = (y * (z @ b)).sum()
+    del y, z
+    assert [ref() for ref in kept] == [None, None]
+    got = torch.autograd.grad(loss, [x, a, b])
+    want = torch.autograd.grad((2 * x * (2 * (2 * x @ a) @ b)).sum(), [x, a, b])
+    assert all(map(torch.allclose, got, want))
+
+
+def test_the_plans_of_others_go_first():
+    x, a, _ = weights()
+    function, seen = Counted(), []
+
+    def pack(tensor):
+        seen.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with recomputed(function, x) as y:
+            loss = (y @ a).sum()
+        assert y.data_ptr() in seen
+    loss.backward()
+    assert function.calls == 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_without_gradients_nothing_is_done(wanted):
+    x, a, _ = weights()
+    with torch.set_grad_enabled(wanted), recomputed(Counted(), x.detach()) as y:
+        assert torch.equal(y @ a, 2 * x @ a)
