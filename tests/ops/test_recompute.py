@@ -89,6 +89,40 @@ def test_the_plans_of_others_go_first():
     assert function.calls == 1
 
 
+def test_what_was_changed_meanwhile_is_refused():
+    for changed in range(2):
+        x, a, b = weights()
+        y = x.clone()
+        loss = loss_of(y, a, b, Counted())
+        with torch.no_grad():
+            (y, a)[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+class Exp(torch.autograd.Function):
+    """Keeps its own output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors[0] * dy
+
+
+def test_a_node_without_use_is_not_kept_for_ever():
+    x, _, _ = weights()
+    with recomputed(Counted(), x) as y:
+        unused = Exp.apply(y)
+    node = weakref.ref(unused.grad_fn)
+    del unused, y
+    assert node() is None
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_without_gradients_nothing_is_done(wanted):
     x, a, _ = weights()

@@ -28,7 +28,7 @@ def recomputed(function: Callable[..., Any], *inputs: Tensor | None) -> Iterator
     if above is not None and not isinstance(outer, _Recomputation):
         yield output
         return
-    again = [None if x is None else x.detach() for x in inputs]
+    again = [None if x is None else _Kept(x) for x in inputs]
     made = _Recomputation(function, again, y.data_ptr(), y.numel(), outer)
     with torch.autograd.graph.saved_tensors_hooks(made.pack, made.unpack):
         yield output
@@ -38,12 +38,29 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+class _Kept:
+    """A tensor as autograd keeps one: apart from its graph, or it would be kept for ever by a node that
+    keeps its own output; and refused when it was changed since."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.version = x.detach(), x._version
+
+    def get(self) -> Tensor:
+        """The tensor."""
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"a tensor {list(self.x.shape)} that is needed for gradients has been modified by an "
+                "inplace operation since it was kept"
+            )
+        return self.x
+
+
 @dataclass(eq=False)
 class _Recomputation:
     """Lives as long as what is packed inside, and so must not hold y."""
 
     function: Callable[..., Any]
-    inputs: list[Tensor | None]
+    inputs: list[_Kept | None]
     place: int
     size: int
     outer: "_Recomputation | None"
@@ -56,13 +73,13 @@ class _Recomputation:
         if x.data_ptr() == self.place and x.numel() == self.size:
             self.packed += 1
             return self, x.shape, x.stride()
-        return x if self.outer is None else self.outer.pack(x)
+        return _Kept(x) if self.outer is None else self.outer.pack(x)
 
     @staticmethod
     def unpack(kept: Any) -> Tensor:
         """x of what was kept of it."""
-        if isinstance(kept, Tensor):
-            return kept
+        if isinstance(kept, _Kept):
+            return kept.get()
         made, shape, stride = kept
         return made.make().as_strided(shape, stride)
 
@@ -70,7 +87,8 @@ class _Recomputation:
         """y, for one of those that ask for it."""
         if self.again is None:
             with torch.no_grad():
-                self.again = _first(self.function(*self.inputs))
+                given = [None if x is None else x.get() for x in self.inputs]
+                self.again = _first(self.function(*given))
         y, self.unpacked = self.again, self.unpacked + 1
         if self.unpacked % self.packed == 0:
             self.again = None
