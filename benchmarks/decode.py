@@ -8,6 +8,7 @@
   up over tens of thousands of tokens and belong to no position.
 - Positions are moved up to where segments and chunks stand as at the first: a state that is the same
   size at every such place can be told from one that grows.
+- With --full, steps compiled by `torch.compile` take turns with the model's own.
 - Llama's cache (`DynamicCache`) is not read but filled with random keys and values of its shape: that
   costs the same a token. After each sample it is cut back to its length.
 """
@@ -27,6 +28,7 @@ from common import (
     parser,
     ratio,
     save,
+    seconds_of,
     spread,
     table,
     time_in_turns,
@@ -43,6 +45,7 @@ POSITIONS = {
 CONTEXTS = {"tiny": (16, 64), "quick": (1024, 32768), "full": (1024, 4096, 16384, 32768, 131072)}
 ROWS = {"tiny": (1, 2), "quick": (1, 4, 16), "full": (1, 4, 16)}
 KINDS = {"tiny": ("lmm", "mac"), "quick": ("mac",), "full": TITANS}
+COMPILED = {"tiny": (), "quick": (), "full": ("lmm", "mac")}  # minutes each
 BLOCK = 32  # tokens a sample
 HEAP_TOKENS = 100_000  # read before, for the heap
 LLAMA = "llama"
@@ -75,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.record["batches"] = [
         fresh_process("decode", "measure_turns", kinds, sizes, positions[0], rows, rounds, device)
         for rows in ROWS[options.size]
+    ]
+    options.record["compiled"] = [
+        fresh_process("decode", "measure_compiled", kind, sizes, positions[0], rounds, device)
+        for kind in COMPILED[options.size]
+        if kind in kinds
     ]
     show_turns(options.record)
     save(options, say=True)
@@ -173,6 +181,38 @@ def measure_turns(
     return found
 
 
+def measure_compiled(
+    kind: str, sizes: dict[str, Any], context: int, rounds: int, device: str
+) -> dict[str, Any]:
+    """A model's own steps and those that `torch.compile` makes of it, in turns."""
+    import copy
+
+    import torch
+
+    torch.manual_seed(0)
+    shape = ModelSizes(**sizes)
+    model = build_model(kind, shape).to(device).eval()
+    compiled = torch.compile(model, dynamic=True)
+    with torch.inference_mode():
+        cache = model.memorize(torch.randint(shape.vocabulary, (1, context), device=device))
+        more = torch.randint(shape.vocabulary, (1, 2 * shape.segment), device=device)
+        # Over the borders of chunks and segments, each of which is compiled.
+        seconds = seconds_of(lambda: decode(compiled, copy.deepcopy(cache), more), 1, device)
+        steps = {
+            name: block_step(read, copy.deepcopy(cache), 1, shape.vocabulary, False)
+            for name, read in ((kind, model), (f"{kind}, compiled", compiled))
+        }
+        samples = time_in_turns(steps, rounds, device)
+    return {
+        "context": context,
+        "rows": 1,
+        "seconds_to_compile": seconds,
+        "seconds_per_token": {name: spread([s / BLOCK for s in samples[name]]) for name in samples},
+        "speed_over_eager": {name: ratio(samples, name, kind) for name in samples},
+        "samples": samples,
+    }
+
+
 def filled_cache(model: Any, rows: int, context: int) -> Any:
     """A cache of a Llama as if it had read so many tokens: random keys and values."""
     import torch
@@ -222,6 +262,10 @@ def show_turns(record: dict[str, Any]) -> None:
     """Contexts and batches as people read them."""
     heads = ["", "rows", "ms a step", "tokens/s", "faster than Llama by", "state MiB"]
     rows = []
+    for found in record["compiled"]:
+        for name, seconds in found["seconds_per_token"].items():
+            faster = told(found["speed_over_eager"][name], ".2f", "x")
+            rows.append([name, "1", milliseconds(seconds), "", f"({faster} of its own steps)", ""])
     for found in [*record["contexts"], *record["batches"]]:
         for kind, seconds in found["seconds_per_token"].items():
             rows.append(
