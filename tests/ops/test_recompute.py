@@ -5,6 +5,8 @@ import weakref
 import pytest
 import torch
 
+from everlong.layers import RMSNorm
+from everlong.ops import use_backend
 from everlong.ops.recompute import recomputed
 
 
@@ -121,6 +123,59 @@ def test_a_node_without_use_is_not_kept_for_ever():
     node = weakref.ref(unused.grad_fn)
     del unused, y
     assert node() is None
+
+
+def test_empty_outputs():
+    """No tensor lies in nothing."""
+    empty = torch.zeros(0, 4, dtype=torch.float64, requires_grad=True)
+    with recomputed(Counted(), empty) as y:
+        torch.where(torch.zeros(0, 4, dtype=torch.bool), y, 1.0).sum().backward()
+    assert empty.grad.shape == (0, 4)
+
+
+def test_the_back_end_of_the_way_there_makes_it_again():
+    """The other one would lay it out otherwise."""
+    torch.manual_seed(0)
+    norm = RMSNorm(8).double()
+    x, w = (
+        torch.randn(2, 5, 3, 8).double().transpose(1, 2).requires_grad_(),
+        torch.randn(24, 8).double(),
+    )
+    w.requires_grad_()
+    found = []
+    for there, back in (("auto", "auto"), ("auto", "eager"), ("eager", "auto")):
+        with use_backend(there), norm.unkept(x) as y:
+            loss = (y.transpose(1, 2).flatten(2) @ w).square().sum()
+        with use_backend(back):
+            found.append(torch.autograd.grad(loss, [x, w, norm.weight]))
+    for other in found[1:]:
+        assert all(map(torch.allclose, other, found[0]))
+
+
+def test_a_norm_whose_weight_was_changed_is_refused():
+    norm = RMSNorm(4).double()
+    x, w, _ = weights()
+    with norm.unkept(x) as y:
+        loss = (y @ w).sum()
+    with torch.no_grad():
+        norm.weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [w])
+
+
+def test_a_norm_with_hooks_is_asked_once():
+    norm, calls = RMSNorm(4).double(), []
+
+    def drop(module, inputs, output):
+        calls.append(1)
+        return torch.nn.functional.dropout(output, 0.5, True)
+
+    norm.register_forward_hook(drop)
+    x, w, _ = weights()
+    with norm.unkept(x) as y:
+        got = torch.autograd.grad((y @ w).sum(), [w])[0]
+    assert len(calls) == 1
+    assert torch.allclose(got, y.sum(0)[:, None].expand(4, 4))
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -245,7 +245,7 @@ class NeuralMemory(nn.Module):
 
     def _out(self, y: Tensor, gate: Tensor) -> Tensor:
         """W_o (silu(gate) * norm(y)) of what was read, y [B, T, H, K]."""
-        with recomputed(self.output_norm, y, gate) as normed:
+        with self.output_norm.unkept(y, gate) as normed:
             return self.o_proj(normed.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -78,10 +78,10 @@ class TitansLayer(GradientCheckpointingLayer):
         fresh: Tensor | None,
         trace: bool,
     ) -> BlockOutput:
-        with recomputed(self.input_norm, x) as normed:
+        with self.input_norm.unkept(x) as normed:
             output = self.mixer(normed, state, lengths, fresh, trace)
         x = x + output.y
-        with recomputed(self.mlp_norm, x) as normed:
+        with self.mlp_norm.unkept(x) as normed:
             return output._replace(y=x + self.mlp(normed))
 
 

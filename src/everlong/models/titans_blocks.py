@@ -26,7 +26,6 @@ from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import BlockOutput, begin, join_pieces
 from everlong.ops import NeuralMemoryState, sigmoid_gate
 from everlong.ops.documents import Cuts
-from everlong.ops.recompute import recomputed
 from everlong.ops.state import State, choose
 
 
@@ -188,8 +187,8 @@ class MAG(MemoryBlock):
         seen, attention = self.attention(x, state.attention, lengths)
         out = self.memory.read_write(x, state.memory, lengths, trace)
         with (
-            recomputed(self.memory_norm, out.y) as gate,
-            recomputed(self.attention_norm, seen) as seen,
+            self.memory_norm.unkept(out.y) as gate,
+            self.attention_norm.unkept(seen) as seen,
         ):
             y = sigmoid_gate(gate, seen)
         state = MemoryAndAttentionState(out.state, attention)
@@ -269,9 +268,9 @@ class MAC(MemoryBlock):
         q, gate, seeing, x = rows
         h = self.memory.read(q, gate, state.weights)
         seen, attention = self.attention.attend(seeing, x, h, state.attention, lengths)
-        with recomputed(self.attention_norm, seen) as y:
+        with self.attention_norm.unkept(seen) as y:
             out = self.memory.read_write(y, state.memory, lengths, trace)
-            with recomputed(self.memory_norm, out.y) as gate:
+            with self.memory_norm.unkept(out.y) as gate:
                 y = sigmoid_gate(gate, y)
         # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
         ended, weights = attention.position == 0, state.weights

@@ -1,6 +1,7 @@
 """Outputs that are made again on the way back instead of being kept."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,30 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.backend import current_backend, use_backend
+
 
 @contextmanager
-def recomputed(function: Callable[..., Any], *inputs: Tensor | None) -> Iterator[Any]:
+def recomputed(
+    function: Callable[..., Any], *inputs: Tensor | None, output: Any = None
+) -> Iterator[Any]:
     """function(*inputs): y, or a tuple that begins with y, which what is called inside does not keep
     for its gradients.
 
-    For cheap functions that keep their inputs anyway: y is made of them once more when a gradient asks
-    for it, and held until the last has. Where others have plans for what is kept (gradient
-    checkpointing has), they go first.
+    For cheap functions of their inputs alone that keep these anyway: y is made of them once more when a
+    gradient asks for it, and held until the last has. output: what the function gives, if it has been
+    asked already. Where others have plans for what is kept (gradient checkpointing has), they go first.
     """
-    output = function(*inputs)
+    output = function(*inputs) if output is None else output
     y = _first(output)
-    if torch.compiler.is_compiling() or not y.requires_grad:  # compilers plan for themselves
-        yield output
+    if torch.compiler.is_compiling() or not y.requires_grad or not y.numel():
+        yield output  # compilers plan for themselves
         return
     above = torch._C._autograd._top_saved_tensors_default_hooks(True)
     outer = None if above is None else getattr(above[0], "__self__", None)
-    if above is not None and not isinstance(outer, _Recomputation):
+    foreign = above is not None and not isinstance(outer, _Recomputation)
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    if foreign or not enabled or _inference(inputs):
         yield output
         return
     again = [None if x is None else _Kept(x) for x in inputs]
-    made = _Recomputation(function, again, y.data_ptr(), y.numel(), outer)
+    shape = (y.data_ptr(), y.dtype, tuple(y.shape), y.stride())
+    made = _Recomputation(function, again, current_backend(), *shape, outer)
     with torch.autograd.graph.saved_tensors_hooks(made.pack, made.unpack):
         yield output
+
+
+def _inference(inputs: Sequence[Tensor | None]) -> bool:
+    """Tensors that autograd will refuse to keep, with its own words."""
+    return any(x is not None and x.is_inference() for x in inputs)
 
 
 def _first(output: Any) -> Tensor:
@@ -61,8 +74,11 @@ class _Recomputation:
 
     function: Callable[..., Any]
     inputs: list[_Kept | None]
+    backend: str
     place: int
-    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
     outer: "_Recomputation | None"
     packed: int = 0
     unpacked: int = 0
@@ -70,7 +86,8 @@ class _Recomputation:
 
     def pack(self, x: Tensor) -> Any:
         """What is kept of x: how it lies in y, if it does, whole."""
-        if x.data_ptr() == self.place and x.numel() == self.size:
+        whole = x.numel() == math.prod(self.shape) and x.dtype == self.dtype
+        if whole and x.data_ptr() == self.place:
             self.packed += 1
             return self, x.shape, x.stride()
         return _Kept(x) if self.outer is None else self.outer.pack(x)
@@ -84,11 +101,15 @@ class _Recomputation:
         return made.make().as_strided(shape, stride)
 
     def make(self) -> Tensor:
-        """y, for one of those that ask for it."""
+        """y as it lay in memory, for one of those that ask for it."""
         if self.again is None:
-            with torch.no_grad():
-                given = [None if x is None else x.get() for x in self.inputs]
-                self.again = _first(self.function(*given))
+            with torch.no_grad(), use_backend(self.backend):
+                y = _first(self.function(*(None if x is None else x.get() for x in self.inputs)))
+                if y.stride() != self.stride:
+                    y = torch.empty_strided(
+                        self.shape, self.stride, dtype=y.dtype, device=y.device
+                    ).copy_(y)
+                self.again = y
         y, self.unpacked = self.again, self.unpacked + 1
         if self.unpacked % self.packed == 0:
             self.again = None

@@ -84,10 +84,11 @@ static void output_grad(const Conv *s, int64_t b, int64_t t, const real *const *
 static void backward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, int64_t part) {
     const int64_t count = s->taps, n = s->width, reach = count - 1;
     const int64_t last = end + reach < s->tokens ? end + reach : s->tokens;
-    real *dtaps = s->dweight + part * count * n, y[n], slope[n], grads[count * n];
+    real *dtaps = s->dweight + part * count * n, *room = calloc((count + 2) * n, sizeof(real));
+    real *grads = room, *y = grads + count * n, *slope = y + n; /* grads: of the last tokens, in turns */
     const real *in[count], *now[count];
+    if (!room) abort();
     memset(dtaps, 0, count * n * sizeof(real));
-    memset(grads, 0, sizeof grads); /* of the last tokens, in turns; before the first there are none */
     for (int64_t t = begin; t < end + reach; t++) { /* gives x its gradient at t - reach */
         real *grad = grads + t % count * n;
         if (t < last) {
@@ -107,6 +108,7 @@ static void backward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, 
         convolve(now, s->weight, count, n,
                  at >= 0 ? s->dx.at + b * s->dx.batch + at * s->dx.row : s->dtail + (b * reach + at + reach) * n);
     }
+    free(room);
 }
 
 static int64_t conv(const Conv *s, void (*work)(const Conv *, int64_t, int64_t, int64_t, int64_t)) {
