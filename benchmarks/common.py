@@ -42,7 +42,7 @@ OURS = "everlong"
 
 
 def parser(description: str | None, rounds: Mapping[str, int]) -> argparse.ArgumentParser:
-    """The options of all benchmarks. rounds: timing samples by size."""
+    """The options of all benchmarks. rounds: timing samples by size; none, no such option."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,10 +50,11 @@ def parser(description: str | None, rounds: Mapping[str, int]) -> argparse.Argum
     size.add_argument("--full", dest="size", action="store_const", const="full", help="all sizes")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="to try the code")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    of_sizes = ", ".join(f"{rounds[size]} ({size})" for size in SIZES)
-    made.add_argument("--rounds", type=int, help=f"samples of each; default: {of_sizes}")
+    if rounds:
+        of_sizes = ", ".join(f"{rounds[size]} ({size})" for size in SIZES)
+        made.add_argument("--rounds", type=int, help=f"samples of each; default: {of_sizes}")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    made.set_defaults(size="quick", default_rounds=rounds)
+    made.set_defaults(size="quick", rounds=None, default_rounds=rounds)
     return made
 
 
@@ -64,7 +65,7 @@ def begin(name: str, made: argparse.ArgumentParser, arguments: Sequence[str] | N
     """
     options = made.parse_args(arguments)
     if options.rounds is None:
-        options.rounds = options.default_rounds[options.size]
+        options.rounds = options.default_rounds.get(options.size)
     import torch
 
     from everlong.ops import current_backend

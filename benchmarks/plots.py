@@ -204,8 +204,12 @@ def curves(
 def logarithmic(axes: Any, values: Sequence[float]) -> None:
     """A logarithmic axis with ticks at these values, as far as there is room."""
     axes.set_xscale("log", base=2)
-    room = max(len(values) // 6, 1)
-    axes.set_xticks(values[::room], [short(value) for value in values[::room]])
+    wide = (max(values) / min(values)) ** (1 / 14)  # a label's share of the axis
+    told: list[float] = []
+    for value in sorted(values):
+        if not told or value > told[-1] * wide:
+            told.append(value)
+    axes.set_xticks(told, [short(value) for value in told])
     axes.minorticks_off()
 
 

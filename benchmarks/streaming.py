@@ -33,7 +33,7 @@ KEPT = {"tiny": 2, "quick": SPAN, "full": SPAN}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read with each kind, write the record as it goes, print the table."""
-    made = parser(__doc__, {"tiny": 1, "quick": 1, "full": 1})
+    made = parser(__doc__, {})
     made.add_argument("--kinds", default="mac", help=f"of {', '.join(TITANS)}; default: %(default)s")
     made.add_argument("--tokens", type=int, help="default: 307,200; with --full 2,007,040")
     options = begin("streaming", made, arguments)

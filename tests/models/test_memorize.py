@@ -206,6 +206,17 @@ def test_a_bar_on_stderr(form, capsys):
     assert "12 tokens" in err
 
 
+def test_arrays_of_any_integers_read_alike():
+    model, ids = MODELS["lmm"].make(), np.random.default_rng(0).integers(0, 9, (2, 12))
+    want = model.memorize(torch.tensor(ids))
+    backwards = ids[:, ::-1].copy()[:, ::-1]
+    parts = [torch.tensor(ids[:, :3], dtype=torch.int32), ids[:, 3:7].astype(np.uint16), ids[:, 7:]]
+    mask = np.ones((2, 12), dtype=bool)
+    for text in (ids.astype(">i4"), backwards, parts):
+        got = model.memorize(text, attention_mask=None if text is parts else mask)
+        assert_states_close("cache", states(got), states(want))
+
+
 IDS = torch.ones(2, 6, dtype=torch.long)
 
 
@@ -220,7 +231,10 @@ IDS = torch.ones(2, 6, dtype=torch.long)
         ({"input_ids": [[1, 2]]}, "there is a list: tokenizer"),
         ({"input_ids": 5}, "there is a int: tokenizer"),
         ({"input_ids": [IDS, IDS[:1]]}, "batch 2 and then 1: read other texts"),
-        ({"piece": 0}, "piece must be at least 1 token, got 0"),
+        ({"piece": 0}, "piece must be a whole number of tokens, at least 1, got 0"),
+        ({"piece": 1.5}, "piece must be a whole number of tokens, at least 1, got 1.5"),
+        ({"piece": True}, "at least 1, got True"),
+        ({"input_ids": IDS[:0]}, "at least one row, got"),
         ({"attention_mask": IDS[:, :4]}, r"must be \[B, T\] = \[2, 6\] .* got \[2, 4\]"),
         ({"input_ids": [IDS], "attention_mask": IDS}, "as one tensor, or each part of it"),
         ({"past_key_values": ()}, "must be a MemoryCache, got tuple"),

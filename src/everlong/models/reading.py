@@ -80,7 +80,8 @@ def _regroup(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
 
 
 def _tensor(ids: Any) -> Tensor:
-    return ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    """As int64: parts of one text may differ in type, and an array in byte order or direction."""
+    return ids.long() if isinstance(ids, Tensor) else torch.tensor(ids.astype("int64", order="C"))
 
 
 def _check_ids(ids: Any) -> None:
@@ -94,7 +95,10 @@ def _check_ids(ids: Any) -> None:
         raise ValueError(
             f"input_ids must be [B, T], got {list(ids.shape)}: of one row ids, give ids[None]"
         )
-    if "int" not in str(ids.dtype):
+    if ids.shape[0] < 1:
+        raise ValueError(f"input_ids must have at least one row, got {list(ids.shape)}")
+    # Of arrays the kind tells, whatever their byte order.
+    if getattr(ids.dtype, "kind", None) not in ("i", "u") and "int" not in str(ids.dtype):
         raise ValueError(f"input_ids must be integers, got {ids.dtype}: give token ids")
 
 

@@ -455,7 +455,8 @@ class StatefulCausalLM:
         Args:
             input_ids: [B, T], on any device: a tensor or a numpy array, which may be a memmap; or an
                 iterable of such parts of a text that is not there at once, [B, any number] each.
-            past_key_values: the states to go on from; changed in place.
+            past_key_values: the states to go on from; changed in place (where a later part of an
+                iterable is refused, those before it have been read).
             attention_mask: [B, T] or [B, past + T], 0 at pads on either side; not with an iterable.
             piece: tokens of each row that are read in one call. Any number gives the same memory;
                 default: whole segments and chunks, 2,048 tokens or more (`default_piece`).
@@ -466,8 +467,8 @@ class StatefulCausalLM:
         gradients too. Raises ValueError for ids, a mask or a cache that do not fit.
         """
         size = default_piece(self.config) if piece is None else piece
-        if size < 1:
-            raise ValueError(f"piece must be at least 1 token, got {piece}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"piece must be a whole number of tokens, at least 1, got {piece!r}")
         cache = MemoryCache(self.model.num_states) if past_key_values is None else past_key_values
         length = text_length(input_ids)
         if attention_mask is not None:
@@ -478,6 +479,7 @@ class StatefulCausalLM:
                 )
             batch = len(input_ids)  # type: ignore[arg-type]
             self.model.check_cache(cache, batch)
+            attention_mask = torch.as_tensor(attention_mask)
             attention_mask = _new_columns(attention_mask, batch, length, cache.get_seq_length())
         with show_reading(progress, length) as tell:
             for ids, mask in cut_text(input_ids, attention_mask, size, self.device):
