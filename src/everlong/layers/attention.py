@@ -195,26 +195,28 @@ class SegmentAttention(Attention):
         super().__init__(hidden_size, num_heads, num_key_value_heads, head_dim, None, rope_theta)
         self.segment = segment
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens x [B, T, D], not yet rotated: [B, T, . K]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def attend(
         self,
-        q: Tensor,
-        x: Tensor,
+        rows: Sequence[Tensor],
         h: Tensor,
         state: AttentionState,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """q: `q_proj` of tokens x, and h, their rows of the memory, [B, T, .] each; in each row of the
-        batch no more tokens than its open segment has left.
+        """rows: what `project` makes of tokens, and h: [B, T, D], their rows of the memory; in each row
+        of the batch no more tokens than its open segment has left.
 
         Returns y [B, T, D] and the state, a new segment's where one is full.
         """
         state = self._checked(state, h)
-        rows = torch.stack([h, x], 2).flatten(1, 2)
-        k, v = self.k_proj(rows), self._heads(self.v_proj, rows)
-        # The two rows of a token as heads of one: they are turned by the same angle.
-        q, k = self._rotated(state, self._split(q), self._split(k.unflatten(1, (-1, 2)).flatten(2)))
-        k = self._split(k.transpose(1, 2).flatten(2).unflatten(2, (2, -1)).flatten(1, 2))
-        k, v = join_keys(state.keys, k), join_keys(state.values, v)
+        q, k, v = map(self._split, rows)
+        memory_k, memory_v = self._heads(self.k_proj, h), self._heads(self.v_proj, h)
+        q, k, memory_k = self._rotated(state, q, k, memory_k)
+        k = join_keys(state.keys, torch.stack([memory_k, k], 3).flatten(2, 3))
+        v = join_keys(state.values, torch.stack([memory_v, v], 3).flatten(2, 3))
         y = full_attention(q, k, v, state.position, state.prefix, each=2)
         position = agreed(
             (state.position + (h.shape[1] if lengths is None else lengths)) % self.segment

@@ -252,7 +252,7 @@ class MAC(MemoryBlock):
         cuts = Cuts((x.shape[0], x.shape[1]), state.attention.position, segment, lengths)
         # What does not depend on the memory is done for all segments at once.
         q, tail = self.memory.queries(x, state.read_tail, lengths)
-        rows = (q, self.memory.gates_of(x), self.attention.q_proj(x), x)
+        rows = (q, self.memory.gates_of(x), *self.attention.project(x))
         outputs: list[BlockOutput] = []
         for pieces in zip(*map(cuts.take, rows), strict=True):
             piece, count = [row for row, _ in pieces], pieces[0][1]
@@ -265,9 +265,9 @@ class MAC(MemoryBlock):
         self, rows: list[Tensor], state: MACState, lengths: Tensor | None, trace: bool
     ) -> BlockOutput:
         """Tokens of the open segment, no more than it has left; rows: what `mix` made of them."""
-        q, gate, seeing, x = rows
+        q, gate, *seen_by = rows
         h = self.memory.read(q, gate, state.weights)
-        seen, attention = self.attention.attend(seeing, x, h, state.attention, lengths)
+        seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
         with self.attention_norm.unkept(seen) as y:
             out = self.memory.read_write(y, state.memory, lengths, trace)
             with self.memory_norm.unkept(out.y) as gate:
