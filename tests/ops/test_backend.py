@@ -145,7 +145,7 @@ def test_what_the_native_scan_keeps_for_the_way_back(momentum):
         chunk_neural_memory(*rows, -gates[0], gates[1], gates[2] if momentum else None, state=state)
     parts = 2 if momentum else 1
     interval = 8  # the root of twice the chunks
-    products = memories * chunks * chunk * (2 * chunk + wide + (1 + parts) * size)
+    products = memories * chunks * chunk * (chunk + wide + parts * size)
     states = memories * (chunks // interval - 1) * parts * 2 * size * wide
     assert sorted(sizes.values())[-2:] == sorted([products, states])
 

@@ -183,3 +183,53 @@ def test_without_gradients_nothing_is_done(wanted):
     x, a, _ = weights()
     with torch.set_grad_enabled(wanted), recomputed(Counted(), x.detach()) as y:
         assert torch.equal(y @ a, 2 * x @ a)
+
+
+def test_parts_of_it_are_made_again_too():
+    """Also where what is asked again lies in what an outer one makes again."""
+    x, a, _ = weights()
+    outer, inner, kept = Counted(), Counted(), []
+    with recomputed(outer, x) as y:
+        for part in y.split(2):
+            with recomputed(inner, part) as z:
+                kept += [weakref.ref(y), weakref.ref(part), weakref.ref(z)]
+                kept.append((z.T @ a[:2] * part.sum()).square().sum())
+    loss = sum(kept[3::4])
+    del y, z, part
+    assert all(ref() is None for i, ref in enumerate(kept) if i % 4 < 3)
+    got = torch.autograd.grad(loss, [x, a])
+    parts = (2 * x).split(2)
+    want = sum(((2 * part).T @ a[:2] * part.sum()).square().sum() for part in parts)
+    assert all(map(torch.allclose, got, torch.autograd.grad(want, [x, a])))
+    assert (outer.calls, inner.calls) == (2, 4)
+
+
+def test_what_lies_between_its_numbers_is_not_its_own():
+    x, a, _ = weights()
+    made = []
+
+    def left(x):
+        made.append(torch.randn(4, 8, dtype=torch.float64))
+        with torch.no_grad():
+            made[-1][:, :4] = 2 * x
+        return Given.apply(x, made[-1])
+
+    with recomputed(left, x) as y:
+        right = made[0][:2, 4:]
+        loss = (y @ a).sum() + (x[:, :2] @ right).sum()
+    got = torch.autograd.grad(loss, [x, a])
+    want = torch.autograd.grad((2 * x @ a).sum() + (x[:, :2] @ right).sum(), [x, a])
+    assert all(map(torch.allclose, got, want))
+    assert len(made) == 2
+
+
+class Given(torch.autograd.Function):
+    """2 x, which lies in a tensor that holds more."""
+
+    @staticmethod
+    def forward(ctx, x, whole):
+        return whole[:, :4]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy, None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -224,14 +224,16 @@ class NeuralMemory(nn.Module):
         """
         return self._out(read_neural_memory(q, weights, self._scale()), gate)
 
+    @contextmanager
     def queries(
         self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """q [B, T, H, K] alone, and the tail of its convolution alone."""
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """q [B, T, H, K] alone, which nothing inside keeps for its gradients, and the tail of its
+        convolution alone."""
         q = self.q_proj(x)
         taps = None if self.conv is None else self.conv().to(q.dtype)[: q.shape[-1]]
-        q, tail = _conv_silu(q, taps, tail, lengths, self.head_dim)
-        return self._heads(q), tail
+        with _convolved(q, taps, tail, lengths, self.head_dim) as (q, tail):
+            yield self._heads(q), tail
 
     def gates_of(self, x: Tensor) -> Tensor:
         """What gates the outputs of tokens x [B, T, D], before SiLU: [B, T, H, K]."""
@@ -304,8 +306,7 @@ class NeuralMemory(nn.Module):
         with ExitStack() as stack:
             pairs = []
             for row, tap, end, unit in zip(rows, taps, tails, units, strict=True):
-                made = recomputed(partial(_conv_silu, lengths=lengths, unit=unit), row, tap, end)
-                pairs.append(stack.enter_context(made))
+                pairs.append(stack.enter_context(_convolved(row, tap, end, lengths, unit)))
             q, k, v = (self._heads(row) for row, _ in pairs)
             ends = [end for _, end in pairs if end is not None]
             yield q, k, v, torch.cat(ends, -1) if ends else None
@@ -325,6 +326,17 @@ class NeuralMemory(nn.Module):
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
         return Gates(theta, log_retain, log_eta)
+
+
+def _convolved(
+    x: Tensor,
+    taps: Tensor | None,
+    tail: Tensor | None,
+    lengths: Tensor | None,
+    unit: int | None,
+) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
+    """`_conv_silu`, whose rows nothing inside keeps for its gradients."""
+    return recomputed(partial(_conv_silu, lengths=lengths, unit=unit), x, taps, tail)
 
 
 def _conv_silu(

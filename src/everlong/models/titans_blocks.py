@@ -75,8 +75,10 @@ class Block(nn.Module):
         """x: [B, T, D]; state: where an earlier call stopped (None: a document's start); lengths: [B]
         on the CPU, the real tokens of each row, aligned left (default: all); fresh: [B] on the CPU,
         rows that start a document in spite of the state."""
-        state = begin(x, state, self.state_type, self.initial_state, fresh)
-        return self.mix(x, self._with_parameters(x, state), lengths, trace)
+        begun = begin(x, state, self.state_type, self.initial_state, fresh)
+        if state is not None:
+            begun = self._with_parameters(x, begun)
+        return self.mix(x, begun, lengths, trace)
 
     def _with_parameters(self, x: Tensor, state: Any) -> Any:
         """The state with what it holds of the parameters as they are now, where gradients are wanted.
@@ -243,7 +245,10 @@ class MAC(MemoryBlock):
         memory = self._absorb(rows, like)[1]
         tail = memory.conv_tail
         if tail is not None:  # of q alone: zeros, or the persistent rows' last
-            tail = tail.chunk(3, -1)[0] if prefix is None else self.memory.queries(prefix)[1]
+            tail = tail.chunk(3, -1)[0]
+            if prefix is not None:
+                with self.memory.queries(prefix) as (_, tail):
+                    pass
         return MACState(memory, self.attention.initial_state(like, prefix), memory.weights, tail)
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None, trace: bool) -> BlockOutput:
@@ -251,13 +256,13 @@ class MAC(MemoryBlock):
         segment = self.attention.segment
         cuts = Cuts((x.shape[0], x.shape[1]), state.attention.position, segment, lengths)
         # What does not depend on the memory is done for all segments at once.
-        q, tail = self.memory.queries(x, state.read_tail, lengths)
-        rows = (q, self.memory.gates_of(x), *self.attention.project(x))
         outputs: list[BlockOutput] = []
-        for pieces in zip(*map(cuts.take, rows), strict=True):
-            piece, count = [row for row, _ in pieces], pieces[0][1]
-            outputs.append(self._read_segment(piece, state, count, trace))
-            state = outputs[-1].state
+        with self.memory.queries(x, state.read_tail, lengths) as (q, tail):
+            rows = (q, self.memory.gates_of(x), *self.attention.project(x))
+            for pieces in zip(*map(cuts.take, rows), strict=True):
+                piece, count = [row for row, _ in pieces], pieces[0][1]
+                outputs.append(self._read_segment(piece, state, count, trace))
+                state = outputs[-1].state
         whole = join_pieces(outputs, cuts.join)
         return whole._replace(state=replace(whole.state, read_tail=tail))
 

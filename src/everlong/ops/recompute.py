@@ -25,7 +25,7 @@ def recomputed(
     """
     output = function(*inputs) if output is None else output
     y = _first(output)
-    if torch.compiler.is_compiling() or not y.requires_grad or not y.numel():
+    if torch.compiler.is_compiling() or not y.requires_grad or not y.data_ptr():
         yield output  # compilers plan for themselves
         return
     above = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -35,7 +35,8 @@ def recomputed(
     if foreign or not enabled or _inference(inputs):
         yield output
         return
-    again = [None if x is None else _Kept(x) for x in inputs]
+    keep = _Kept if outer is None else outer.pack
+    again = [None if x is None else keep(x) for x in inputs]
     shape = (y.data_ptr(), y.dtype, tuple(y.shape), y.stride())
     made = _Recomputation(function, again, current_backend(), *shape, outer)
     with torch.autograd.graph.saved_tensors_hooks(made.pack, made.unpack):
@@ -73,7 +74,7 @@ class _Recomputation:
     """Lives as long as what is packed inside, and so must not hold y."""
 
     function: Callable[..., Any]
-    inputs: list[_Kept | None]
+    inputs: list[Any]
     backend: str
     place: int
     dtype: torch.dtype
@@ -85,11 +86,14 @@ class _Recomputation:
     again: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """What is kept of x: how it lies in y, if it does, whole."""
-        whole = x.numel() == math.prod(self.shape) and x.dtype == self.dtype
-        if whole and x.data_ptr() == self.place:
+        """What is kept of x: how it lies in y, if it does."""
+        offset, odd = divmod(x.data_ptr() - self.place, x.element_size())
+        span, numbers = _span(self.shape, self.stride), math.prod(self.shape)
+        # Between the numbers of one that has gaps may be those of others.
+        own = x.dtype == self.dtype and (span == numbers or x.numel() == numbers)
+        if own and not odd and 0 <= offset <= span - _span(x.shape, x.stride()):
             self.packed += 1
-            return self, x.shape, x.stride()
+            return self, x.shape, x.stride(), offset
         return _Kept(x) if self.outer is None else self.outer.pack(x)
 
     @staticmethod
@@ -97,14 +101,16 @@ class _Recomputation:
         """x of what was kept of it."""
         if isinstance(kept, _Kept):
             return kept.get()
-        made, shape, stride = kept
-        return made.make().as_strided(shape, stride)
+        made, shape, stride, offset = kept
+        y = made.make()
+        return y.as_strided(shape, stride, y.storage_offset() + offset)
 
     def make(self) -> Tensor:
         """y as it lay in memory, for one of those that ask for it."""
         if self.again is None:
             with torch.no_grad(), use_backend(self.backend):
-                y = _first(self.function(*(None if x is None else x.get() for x in self.inputs)))
+                inputs = [None if x is None else self.unpack(x) for x in self.inputs]
+                y = _first(self.function(*inputs))
                 if y.stride() != self.stride:
                     y = torch.empty_strided(
                         self.shape, self.stride, dtype=y.dtype, device=y.device
@@ -114,3 +120,8 @@ class _Recomputation:
         if self.unpacked % self.packed == 0:
             self.again = None
         return y
+
+
+def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Numbers from the first to the last of a tensor laid out so."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

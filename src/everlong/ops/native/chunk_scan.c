@@ -51,12 +51,21 @@ static int64_t state_size(const Shape *s) {
 
 static int tall(const Shape *s, int l) { return s->widths[l] <= s->widths[l + 1]; }
 
-static int64_t kept_size(const Shape *s) { /* per chunk: x z^T, the layer's output, x [W | S] */
+/* What the reads of a chunk keep for the way back, unless it is quickly made again: a layer's x z^T (of the
+ * first it is narrow), x [W | S] where that is narrow, and its output (of the last, the sum of these). */
+static int64_t product_kept(const Shape *s, int l) { return l ? s->chunk * s->chunk : 0; }
+static int64_t through_kept(const Shape *s, int l) { return tall(s, l) ? 0 : s->chunk * s->parts * s->widths[l + 1]; }
+static int64_t out_kept(const Shape *s, int l) {
+    return l == s->layers - 1 && !tall(s, l) ? 0 : s->chunk * s->widths[l + 1];
+}
+
+static int64_t kept_size(const Shape *s) { /* of a chunk */
     int64_t n = 0;
-    for (int l = 0; l < s->layers; l++)
-        n += s->chunk * (s->chunk + s->widths[l + 1] * (tall(s, l) ? 1 : 1 + s->parts));
+    for (int l = 0; l < s->layers; l++) n += product_kept(s, l) + through_kept(s, l) + out_kept(s, l);
     return n;
 }
+
+static int64_t spare_size(const Shape *s) { return s->chunk * (s->chunk + s->size); } /* for the rest */
 
 static int64_t widest(const Shape *s) {
     int64_t n = 0;
@@ -79,7 +88,7 @@ static int64_t scratch_size(const Shape *s) { /* of a thread: the larger need of
         grads += c * (s->widths[l] + s->widths[l + 1] + c + 3) + 8 * LINE;
         work += c * s->widths[l + 1] + LINE;
     }
-    return s->interval * (inner_size(s) + state) + grads + work + kept_size(s) + 8 * LINE;
+    return s->interval * (inner_size(s) + state) + grads + work + kept_size(s) + spare_size(s) + 8 * LINE;
 }
 
 int64_t everlong_state_size(const Shape *s) { return state_size(s); }
@@ -373,12 +382,12 @@ static void place(Chunk *n, real **at) { /* the buffers of the inner gradient an
     n->along = take(at, c * s->size), n->inverse = take(at, c);
 }
 
-static void place_kept(Chunk *n, real *at) {
+static void place_kept(Chunk *n, real *at, real *spare) { /* spare: room for what is not kept */
     const Shape *s = n->s;
     for (int l = 0; l < s->layers; l++) {
-        n->product[l] = at, at += s->chunk * s->chunk;
-        n->out[l] = at, at += s->chunk * s->widths[l + 1];
-        n->through[l] = at, at += tall(s, l) ? 0 : s->chunk * s->parts * s->widths[l + 1];
+        n->product[l] = product_kept(s, l) ? at : spare, at += product_kept(s, l);
+        n->out[l] = out_kept(s, l) ? at : spare + s->chunk * s->chunk, at += out_kept(s, l);
+        n->through[l] = at, at += through_kept(s, l);
     }
 }
 
@@ -427,6 +436,22 @@ static void inner_gradient(Chunk *n, int curve) {
     }
 }
 
+/* A layer's x z^T of the rows x. */
+static void scores(Chunk *n, int l, const real *x, int64_t ldx) {
+    const int64_t c = n->s->chunk;
+    multiply(n->x->gemm, 0, 1, c, c, n->s->widths[l], x, ldx, n->z[l], n->ldz[l], 0, n->product[l], c);
+}
+
+/* A layer's output: what stood at the chunk's start (narrow layers: from `through`) and the writes since. */
+static void sum_output(Chunk *n, int l, real *weighted) {
+    const Shape *s = n->s;
+    const int64_t c = s->chunk, out = s->widths[l + 1];
+    const Coefficients *o = &n->of[l];
+    if (!tall(s, l)) join_rows(s, n->through[l], o->memory, o->momentum, n->out[l], 0, NULL, 0, NULL, NULL, out);
+    EACH(int64_t i = 0; i < c * c; i++) weighted[i] = n->product[l][i] * o->write[i];
+    multiply(n->x->gemm, 0, 0, c, out, c, weighted, c, n->error[l], out, 1, n->out[l], out);
+}
+
 /* y_t = M_t(q_t) of all rows, keeping the products that the way back needs. */
 static void read_rows(Chunk *n, real *scratch) {
     const Shape *s = n->s;
@@ -446,11 +471,9 @@ static void read_rows(Chunk *n, real *scratch) {
         } else {
             multiply(gemm, 0, 0, c, s->parts * out, in, x, ldx, state, s->parts * out, 0, n->through[l],
                      s->parts * out);
-            join_rows(s, n->through[l], o->memory, o->momentum, n->out[l], 0, NULL, 0, NULL, NULL, out);
         }
-        multiply(gemm, 0, 1, c, c, in, x, ldx, n->z[l], n->ldz[l], 0, n->product[l], c);
-        EACH(int64_t i = 0; i < c * c; i++) weighted[i] = n->product[l][i] * o->write[i];
-        multiply(gemm, 0, 0, c, out, c, weighted, c, n->error[l], out, 1, n->out[l], out);
+        scores(n, l, x, ldx);
+        sum_output(n, l, weighted);
         if (l + 1 < s->layers) gelu(n->out[l], hidden, c * out), x = hidden, ldx = out;
     }
     put_output(s, n->scale, c, rows_at(&n->x->q, n), n->x->q.row, n->out[s->layers - 1], scaled,
@@ -504,13 +527,13 @@ static void forward_of(const Shape *s, const Tensors *x, int64_t memory, real *s
     Chunk n;
     n.s = s;
     place(&n, &scratch);
-    real *state = take(&scratch, each), *own = take(&scratch, kept);
+    real *state = take(&scratch, each), *own = take(&scratch, kept), *spare = take(&scratch, spare_size(s));
     copy_state(s, x->weights, x->momentum, b, h, state, 0);
     for (int64_t i = 0; i < chunks; i++) {
         if (s->train && i && i % s->interval == 0)
             memcpy(x->states + (memory * (groups - 1) + i / s->interval - 1) * each, state, each * sizeof(real));
         begin(&n, s, x, memory, i, state);
-        place_kept(&n, s->train ? x->kept + (memory * chunks + i) * kept : own);
+        place_kept(&n, s->train ? x->kept + (memory * chunks + i) * kept : own, spare);
         inner_gradient(&n, 0);
         read_rows(&n, scratch);
         carry_state(&n, state, scratch);
@@ -588,6 +611,8 @@ static void read_back(Chunk *n, Grads *d, real *scratch) {
     real *dout = take(&scratch, c * wide), *dx = take(&scratch, c * wide), *x = take(&scratch, c * wide);
     real *slope = take(&scratch, c * wide), *both_rows = take(&scratch, c * s->parts * wide);
     real *dproduct = take(&scratch, c * c), *weighted = take(&scratch, c * c);
+    scores(n, 0, rows_at(&n->x->q, n), n->x->q.row);
+    if (!out_kept(s, (int)s->layers - 1)) sum_output(n, (int)s->layers - 1, weighted);
     output_back(s, n->scale, c, rows_at(&n->x->dy, n), n->x->dy.row, n->out[s->layers - 1], x, dx, dout, d->scale);
     for (int l = (int)s->layers - 1; l >= 0; l--) {
         const int64_t in = s->widths[l], out = s->widths[l + 1], ld = row_stride(s, l);
@@ -725,6 +750,7 @@ static void backward_of(const Shape *s, const Tensors *x, int64_t memory, real *
         place(&group[i], &scratch);
         states[i] = take(&scratch, each);
     }
+    real *spare = take(&scratch, spare_size(s));
     Grads d;
     d.state = take(&scratch, each), d.q = take(&scratch, c * s->size);
     d.scale = x->dscale + memory * s->size;
@@ -742,7 +768,7 @@ static void backward_of(const Shape *s, const Tensors *x, int64_t memory, real *
         for (int64_t j = first; j < end; j++) {
             Chunk *n = &group[j - first];
             begin(n, s, x, memory, j, states[j - first]);
-            place_kept(n, x->kept + (memory * chunks + j) * kept);
+            place_kept(n, x->kept + (memory * chunks + j) * kept, spare);
             inner_gradient(n, 1);
             if (j + 1 < end) carry_state(n, states[j + 1 - first], scratch);
         }
