@@ -13,6 +13,7 @@ from everlong.ops.native.library import (
     integers,
     library,
     pointers,
+    room_by_token,
     threads_for,
 )
 
@@ -73,8 +74,7 @@ class CausalAttention(torch.autograd.Function):
         given = [None if x is None else dense(x) for x in inputs]
         q = given[0]
         assert q is not None
-        # Each token's heads side by side, as what comes next wants them.
-        y = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        y = room_by_token(q, q.shape)
         log_sum = q.new_empty(q.shape[:3])
         attention = _Attention.of({**dict(zip(INPUTS, given, strict=True)), "y": y}, each, window)
         attention.run("everlong_attention_forward", log_sum)
@@ -87,10 +87,10 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         *given, y, log_sum = ctx.saved_tensors
         tensors = dict(zip(INPUTS, given, strict=True))
-        grads: dict[str, Tensor | None] = {"dq": torch.empty_like(given[0])}
+        grads: dict[str, Tensor | None] = {"dq": room_by_token(dy, dy.shape)}
         for name in INPUTS[1:]:  # blocks add to these
             x = tensors[name]
-            grads["d" + name] = None if x is None else torch.zeros_like(x)
+            grads["d" + name] = None if x is None else room_by_token(x, x.shape).zero_()
         attention = _Attention.of({**tensors, **grads, "y": y, "dy": dense(dy)}, ctx.each, ctx.window)
         attention.run("everlong_attention_backward", log_sum)
         return (None, None, *grads.values())

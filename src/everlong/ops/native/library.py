@@ -6,12 +6,14 @@ Its matrix products are those of the BLAS inside torch, its threads OpenMP's.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 SMALL = 2**14
+SPARE = 64  # numbers
 FOLDER = Path(__file__).parent
 FLAGS = ["-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
 # The machine's own instructions and OpenMP are worth much, and not everywhere to be had.
@@ -100,6 +103,23 @@ def problem(*tensors: Tensor | None) -> str | None:
 def threads_for(numbers: int) -> int:
     """Threads for work on so many numbers: to wake them for a few costs more than it saves."""
     return torch.get_num_threads() if numbers >= SMALL else 1
+
+
+def room(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor for what a kernel makes.
+
+    It has a little more memory than it needs, so that where it lay another of its size will fit once it
+    is gone: glibc looks for a block that is larger by the alignment that torch wants, passes over a
+    hole of just the size, and a training step's short-lived tensors leave such holes all over.
+    """
+    return like.new_empty(math.prod(shape) + SPARE).resize_(shape)
+
+
+def room_by_token(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """`room` [B, H, T, K] in which each token's heads lie side by side, as projections want them."""
+    batch, heads, tokens, size = shape
+    whole = room(like, (batch * tokens * heads * size,))
+    return whole.as_strided_(shape, (tokens * heads * size, size, heads * size, 1))
 
 
 def dense(x: Tensor) -> Tensor:

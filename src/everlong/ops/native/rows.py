@@ -13,6 +13,8 @@ from everlong.ops.native.library import (
     integers,
     library,
     pointers,
+    room,
+    room_by_token,
     threads_for,
 )
 
@@ -46,7 +48,7 @@ class ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> Tensor:
         x, weight, tail = dense(x), weight.mT.contiguous(), tail.contiguous()
-        y = x.new_empty(x.shape)
+        y = room(x, x.shape)
         conv = _Conv.of(x, weight, tail, size, unit)
         conv.y = Rows.of(y.unsqueeze(1))
         library(x.dtype).call("everlong_conv_forward", conv)
@@ -58,7 +60,7 @@ class ConvSilu(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, tail = ctx.saved_tensors
-        dy, dx, dtail = dense(dy), x.new_empty(x.shape), torch.empty_like(tail)
+        dy, dx, dtail = dense(dy), room(x, x.shape), torch.empty_like(tail)
         conv = _Conv.of(x, weight, tail, ctx.size, ctx.unit)
         dweight = x.new_empty(x.shape[0] * conv.parts, *weight.shape)
         conv.dx, conv.dy = Rows.of(dx.unsqueeze(1)), Rows.of(dy.unsqueeze(1))
@@ -93,7 +95,7 @@ class GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         gate = None if gate is None else gate.contiguous()
-        y = torch.empty_like(x)
+        y = room(x, x.shape)
         norm = _Norm.of(x, gate, weight, eps)
         norm.y = y.data_ptr()
         library(x.dtype).call("everlong_norm_forward", norm)
@@ -105,8 +107,8 @@ class GatedNorm(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, gate, weight = ctx.saved_tensors
-        dy, dx = dy.contiguous(), torch.empty_like(x)
-        dgate = None if gate is None else torch.empty_like(gate)
+        dy, dx = dy.contiguous(), room(x, x.shape)
+        dgate = None if gate is None else room(x, gate.shape)
         norm = _Norm.of(x, gate, weight, ctx.eps)
         dweight = x.new_empty(norm.threads, len(weight))
         norm.dy, norm.dx, norm.dweight = dy.data_ptr(), dx.data_ptr(), dweight.data_ptr()
@@ -141,8 +143,7 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # A token's heads side by side, as projections give and take them.
-    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    y = room_by_token(x, x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
     rotation = _Rotation(*x.shape, threads_for(x.numel()), cos[0].numel() if len(cos) > 1 else 0)
     rotation.x, rotation.y = Rows.of(x), Rows.of(y)
@@ -168,7 +169,7 @@ class GateProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor, plain: bool) -> Tensor:
         gate, x = gate.contiguous(), x.contiguous()
-        y = torch.empty_like(x)
+        y = room(x, x.shape)
         product = _Product.of(gate, x, plain)
         product.y = y.data_ptr()
         library(x.dtype).call("everlong_product_forward", product)
@@ -180,7 +181,7 @@ class GateProduct(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, x = ctx.saved_tensors
-        dy, dgate, dx = dy.contiguous(), torch.empty_like(gate), torch.empty_like(x)
+        dy, dgate, dx = dy.contiguous(), room(x, x.shape), room(x, x.shape)
         product = _Product.of(gate, x, ctx.plain)
         product.dy, product.dgate, product.dx = dy.data_ptr(), dgate.data_ptr(), dx.data_ptr()
         library(x.dtype).call("everlong_product_backward", product)

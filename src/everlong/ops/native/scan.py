@@ -18,6 +18,7 @@ from everlong.ops.native.library import (
     library,
     pointers,
     problem,
+    room_by_token,
     threads_for,
 )
 
@@ -138,7 +139,7 @@ class _Scan(torch.autograd.Function):
         scale = None if scale is None else scale.contiguous()
         inputs = (*map(dense, (q, k, v)), scale, *gates, *map(dense, inputs[7:]))
         native, shape = library(q.dtype), Shape.of(inputs, layers, chunk_size)
-        y = torch.empty_like(inputs[0])
+        y = room_by_token(q, q.shape)
         final = [x.new_empty(x.shape) for x in inputs[7:]]
         kept = _room(native, shape) if train else ()
         shape.train = train
@@ -156,7 +157,7 @@ class _Scan(torch.autograd.Function):
         *inputs, states, kept = ctx.saved_tensors
         q, scale, gates = inputs[0], inputs[3], inputs[4:7]
         dy = dense(dy)
-        drows = [torch.empty_like(x) for x in inputs[:3]]
+        drows = [room_by_token(x, x.shape) for x in inputs[:3]]
         dscale = q.new_zeros(*q.shape[:2], q.shape[3])
         dgates = [None if x is None else x.new_empty(x.shape) for x in gates]
         dstate = [x.clone(memory_format=torch.contiguous_format) for x in dfinal]
@@ -197,7 +198,7 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, layers: int, q: Tensor, scale: Tensor | None, *weights: Tensor) -> Tensor:
         scale = None if scale is None else scale.contiguous()
         q, weights = dense(q), tuple(map(dense, weights))
-        y = torch.empty_like(q)
+        y = room_by_token(q, q.shape)
         shape, arguments = _reading(layers, q, scale, weights)
         arguments.y = Rows.of(y)
         arguments.run(library(q.dtype), "everlong_read_forward", shape)
@@ -209,7 +210,7 @@ class _Read(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         q, scale, *weights = ctx.saved_tensors
-        dy, dq = dense(dy), torch.empty_like(q)
+        dy, dq = dense(dy), room_by_token(q, q.shape)
         dweights = [w.new_zeros(w.shape) for w in weights]
         dscale = q.new_zeros(*q.shape[:2], q.shape[3])
         shape, arguments = _reading(ctx.layers, q, scale, weights)
