@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from everlong import NeuralMemoryState, TitansConfig, TitansForCausalLM
@@ -444,6 +445,28 @@ COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its
 @pytest.mark.parametrize("kind", ["lmm", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
 def test_compile_in_one_graph(kind):
     compiled_equals_eager(kind, "aot_eager")
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "kind", ["mag", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lmm", "mac", "mal"))]
+)
+def test_a_compiled_step_serves_all_tokens(kind):
+    """A few programs, for what happens at borders of chunks and segments; none for a position."""
+    torch.manual_seed(0)
+    model, ids = titans(kind)().double().eval(), text(1, 6 * SEGMENT)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        want = model(ids).logits
+        cache = model(ids[:, : 2 * SEGMENT], use_cache=True).past_key_values
+        got, programs = [], []
+        for token in ids[:, 2 * SEGMENT :].split(1, 1):
+            got.append(step(token.clone(), past_key_values=cache).logits)
+            programs.append(counter.frame_count)
+    assert_close("decoded", torch.cat(got, 1), want[:, 2 * SEGMENT :])
+    assert programs[2 * SEGMENT] == programs[-1]
 
 
 @EVERY

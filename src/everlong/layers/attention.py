@@ -252,21 +252,23 @@ def rotary_tables(
     """
     if isinstance(start, int) and tokens <= MOST_KEPT and not torch.compiler.is_compiling():
         return _agreed_tables(start, tokens, theta, half, like.dtype, like.device)
-    return _tables(torch.as_tensor(start), tokens, theta, half, like.dtype, like.device)
+    return _tables(start, tokens, theta, half, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=2)
 def _agreed_tables(start: int, *more: Any) -> tuple[Tensor, Tensor]:
     """Every layer asks for the same ones. They serve in training too, whoever asked first."""
     with torch.inference_mode(False):
-        return _tables(torch.tensor(start), *more)
+        return _tables(start, *more)
 
 
 def _tables(
-    start: Tensor, tokens: int, theta: float, half: int, dtype: torch.dtype, device: torch.device
+    start: PerRow, tokens: int, theta: float, half: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float32 if device.type == "mps" else torch.float64
-    positions = start.to(device).view(-1, 1) + torch.arange(tokens, device=device)
+    # An integer stays one, or a compiler takes each for a constant of a program of its own.
+    first = start.to(device).view(-1, 1) if isinstance(start, Tensor) else start
+    positions = (torch.arange(tokens, device=device) + first).view(-1, tokens)
     exponent = torch.arange(half, dtype=wide, device=device) / half
     angles = positions.to(wide)[:, None, :, None] * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)

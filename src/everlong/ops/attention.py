@@ -108,7 +108,7 @@ def causal_mask(
         mask &= column > row - window
     if whole:
         return mask
-    held = torch.as_tensor(past).to(q.device).view(-1, 1, 1, 1)
+    held = past.to(q.device).view(-1, 1, 1, 1) if isinstance(past, Tensor) else past
     return mask & (column >= slots - held)
 
 

@@ -155,12 +155,16 @@ class NeuralMemoryState(State):
 
         def put(buffer: Tensor, new: Tensor, dim: int) -> Tensor:
             length, size = new.shape[dim], buffer.shape[dim]
+            shape = [-1 if i == dim else 1 for i in range(buffer.dim())]
+            if length == 1 and torch.compiler.is_compiling() and isinstance(start, int):
+                # Whose program for one slot is that for all.
+                here = torch.arange(size, device=buffer.device) == start
+                return torch.where(here.view(shape), new, buffer)
             if isinstance(start, int):
                 before, after = buffer.narrow(dim, 0, start), size - start - length
                 return torch.cat([before, new, buffer.narrow(dim, size - after, after)], dim)
             source = torch.arange(size) - start[:, None]
             fresh = (source >= 0) & (source < torch.as_tensor(count)[:, None])
-            shape = [-1 if i == dim else 1 for i in range(buffer.dim())]
             shape[0] = buffer.shape[0]
             source = source.clamp(0, length - 1).to(buffer.device).view(shape).expand_as(buffer)
             return torch.where(fresh.to(buffer.device).view(shape), new.gather(dim, source), buffer)
