@@ -45,7 +45,7 @@ POSITIONS = {
 CONTEXTS = {"tiny": (16, 64), "quick": (1024, 32768), "full": (1024, 4096, 16384, 32768, 131072)}
 ROWS = {"tiny": (1, 2), "quick": (1, 4, 16), "full": (1, 4, 16)}
 KINDS = {"tiny": ("lmm", "mac"), "quick": ("mac",), "full": TITANS}
-COMPILED = {"tiny": (), "quick": (), "full": ("lmm",)}  # takes minutes; others: see docs/performance.md
+COMPILED = {"tiny": (), "quick": (), "full": TITANS}  # takes minutes each
 BLOCK = 32  # tokens a sample
 HEAP_TOKENS = 100_000  # read before, for the heap
 LLAMA = "llama"
@@ -107,10 +107,9 @@ def measure_positions(
         return torch.randint(shape.vocabulary, (1, tokens), device=device)
 
     def read(tokens: int, cache: Any = None) -> Any:
-        """In blocks, so that no long text is held."""
-        for start in range(0, tokens, 8192):
-            cache = model.memorize(random_ids(min(8192, tokens - start)), cache)
-        return cache
+        """In one call, of blocks, so that no long text is held."""
+        blocks = (random_ids(min(8192, tokens - start)) for start in range(0, tokens, 8192))
+        return model.memorize(blocks, cache)
 
     def resident_after(cache: Any) -> int:
         """While decoding over the borders of chunks, windows and segments."""

@@ -120,6 +120,24 @@ def test_what_a_text_may_be(form, piece):
     assert_states_close("cache", states(got), states(read_at_once(model, ids)))
 
 
+@pytest.mark.parametrize("form", [parts_of, lambda ids: ids], ids=["generator", "tensor"])
+@pytest.mark.parametrize("read", [1, SEGMENT, SEGMENT + 3, 36])
+def test_reading_on_ends_where_segments_end(form, read, monkeypatch):
+    """A segment that is cut is computed in two parts: not in every piece of a text."""
+    monkeypatch.setattr("everlong.models.reading.PIECE", 2 * SEGMENT)
+    subject = MODELS["mac"]
+    model, lengths = subject.make(), []
+    before, ids = subject.inputs(2, read), subject.inputs(2, 36 + SEGMENT)
+    cache = model.memorize(before)
+    model.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    got = model.memorize(form(ids), cache)
+    assert sum(lengths) == ids.shape[1]
+    ends = [read + sum(lengths[:i]) for i in range(1, len(lengths))]
+    assert ends
+    assert all(end % default_piece(model.config) == 0 for end in ends)
+    assert_states_close("cache", states(got), states(read_at_once(model, torch.cat([before, ids], 1))))
+
+
 def test_a_file_of_token_ids(tmp_path):
     subject = MODELS["lmm"]
     model, ids = subject.make(), subject.inputs(1, TOKENS)

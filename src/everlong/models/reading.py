@@ -34,31 +34,35 @@ def text_length(input_ids: Any) -> int | None:
 
 
 def cut_text(
-    input_ids: Any, mask: Tensor | None, size: int, device: torch.device
+    input_ids: Any, mask: Tensor | None, first: int, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Token ids, and their part of the mask, in pieces of `size` tokens (the last one may be shorter).
+    """Token ids, and their part of the mask, in pieces of `first` and then `size` tokens (the last one
+    may be shorter).
 
     input_ids: a tensor [B, T] or a numpy array, in a file or not; or an iterable of them, [B, any
     number] each, which are read as one text. mask: [B, T], only beside a tensor. The pieces are on
     `device`, int64, so the text need not be.
     """
-    for piece, part in _cut(input_ids, mask, size):
+    for piece, part in _cut(input_ids, mask, first, size):
         # Where parameters are offloaded, and so on no device, hooks move what they get.
         target = piece.device if device.type == "meta" else device
         yield piece.to(target, torch.long), part
 
 
-def _cut(input_ids: Any, mask: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _cut(
+    input_ids: Any, mask: Tensor | None, first: int, size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     if not hasattr(input_ids, "shape"):
-        yield from ((piece, None) for piece in _regroup(input_ids, size))
+        yield from ((piece, None) for piece in _regroup(input_ids, first, size))
         return
-    for start in range(0, input_ids.shape[1], size):
-        piece = _tensor(input_ids[:, start : start + size])
-        yield piece, None if mask is None else mask[:, start : start + size]
+    length = input_ids.shape[1]
+    for start in range(first - size, length, size) if length else ():
+        place = slice(max(start, 0), start + size)
+        yield _tensor(input_ids[:, place]), None if mask is None else mask[:, place]
 
 
-def _regroup(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """Tensors [B, any number] as tensors of `size` tokens: lines of a file are no pieces."""
+def _regroup(parts: Iterable[Any], first: int, size: int) -> Iterator[Tensor]:
+    """Tensors [B, any number] as some of `first`, then `size` tokens: no line of a file is a piece."""
     held: list[Tensor] = []
     count = 0
     for part in parts:
@@ -70,11 +74,13 @@ def _regroup(parts: Iterable[Any], size: int) -> Iterator[Tensor]:
             )
         held.append(_tensor(part))
         count += part.shape[1]
-        if count >= size:
+        if count >= first:
             whole = torch.cat(held, 1)
-            rest = count % size
-            yield from whole[:, : count - rest].split(size, 1)
-            held, count = [whole[:, count - rest :].clone()], rest
+            rest = (count - first) % size
+            yield whole[:, :first]
+            if count - first >= size:
+                yield from whole[:, first : count - rest].split(size, 1)
+            held, count, first = [whole[:, count - rest :].clone()], rest, size
     if count:
         yield torch.cat(held, 1)
 

@@ -459,7 +459,8 @@ class StatefulCausalLM:
                 iterable is refused, those before it have been read).
             attention_mask: [B, T] or [B, past + T], 0 at pads on either side; not with an iterable.
             piece: tokens of each row that are read in one call. Any number gives the same memory;
-                default: whole segments and chunks, 2,048 tokens or more (`default_piece`).
+                default: whole segments and chunks, 2,048 tokens or more (`default_piece`), and first
+                what the cache lacks to them.
             progress: True shows a bar on stderr; a function is called after each piece with the tokens
                 of each row that were read.
 
@@ -481,8 +482,11 @@ class StatefulCausalLM:
             self.model.check_cache(cache, batch)
             attention_mask = torch.as_tensor(attention_mask)
             attention_mask = _new_columns(attention_mask, batch, length, cache.get_seq_length())
+        first = size
+        if piece is None and isinstance(cache, MemoryCache):
+            first -= cache.get_seq_length() % size  # so that all after it are whole
         with show_reading(progress, length) as tell:
-            for ids, mask in cut_text(input_ids, attention_mask, size, self.device):
+            for ids, mask in cut_text(input_ids, attention_mask, first, size, self.device):
                 self.model(ids, mask, past_key_values=cache, output_hidden_states=False)
                 tell(ids.shape[1])
         return cache.detach()

@@ -106,7 +106,7 @@ def causal_mask(
     mask = column <= row
     if window is not None:
         mask &= column > row - window
-    if whole:
+    if past is None or whole:
         return mask
     held = past.to(q.device).view(-1, 1, 1, 1) if isinstance(past, Tensor) else past
     return mask & (column >= slots - held)
