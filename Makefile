@@ -46,7 +46,7 @@ bench: $(BENCH) ## speed and memory beside the rivals, about 5 minutes on two co
 	$(BIN)/python benchmarks/run.py
 
 bench-full: $(BENCH) ## the same over all sizes and up to millions of tokens, hours; draws docs/images
-	$(BIN)/python benchmarks/run.py --full --images docs/images
+	$(BIN)/python benchmarks/run.py --full --out benchmarks/results --images docs/images
 
 bench-gpu: $(BENCH) ## the same as bench on a GPU, if there is one
 	$(BIN)/python benchmarks/run.py --device cuda

@@ -27,7 +27,8 @@ from typing import Any
 Step = Callable[[], Any]
 Spread = dict[str, float]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # records that README and docs tell of
+RUNS = Path("runs/benchmarks")
 SIZES = ("tiny", "quick", "full")
 RIVALS = {  # distribution: module, and the version that the comparison is meant for
     "titans-pytorch": ("titans_pytorch", "0.5.5"),
@@ -53,9 +54,25 @@ def parser(description: str | None, rounds: Mapping[str, int]) -> argparse.Argum
     if rounds:
         of_sizes = ", ".join(f"{rounds[size]} ({size})" for size in SIZES)
         made.add_argument("--rounds", type=int, help=f"samples of each; default: {of_sizes}")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    made.add_argument(
+        "--out", type=Path, default=RUNS, help="folder of the record; default: %(default)s"
+    )
     made.set_defaults(size="quick", rounds=None, default_rounds=rounds)
     return made
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For an option: names of these, divided by commas."""
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := set(found) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(sorted(unknown))}; take some of {','.join(known)}"
+            )
+        return found
+
+    return names
 
 
 def begin(name: str, made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Any:

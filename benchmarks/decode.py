@@ -29,6 +29,7 @@ from common import (
     ratio,
     save,
     seconds_of,
+    some_of,
     spread,
     table,
     time_in_turns,
@@ -54,13 +55,15 @@ LLAMA = "llama"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure positions, batches and Llama; write the record after each, print the tables."""
     made = parser(__doc__, {"tiny": 2, "quick": 15, "full": 40})
-    made.add_argument("--kinds", help="default: mac; with --full " + ",".join(TITANS))
-    made.add_argument("--positions", help="default: 1000,100000; with --full up to 1000000")
+    made.add_argument(
+        "--kinds", type=some_of(TITANS), help="default: mac; with --full " + ",".join(TITANS)
+    )
+    made.add_argument(
+        "--positions", type=int, nargs="+", help="default: 1000 100000; with --full up to 1000000"
+    )
     options = begin("decode", made, arguments)
-    kinds = options.kinds.split(",") if options.kinds else KINDS[options.size]
-    positions = POSITIONS[options.size]
-    if options.positions:
-        positions = tuple(int(position) for position in options.positions.split(","))
+    kinds = options.kinds or KINDS[options.size]
+    positions = options.positions or POSITIONS[options.size]
     sizes = asdict(TINY_SIZES if options.size == "tiny" else ModelSizes())
     options.record |= {"sizes": sizes, "gate": check_reading(kinds, options.device)}
     options.record["positions"] = found = {}

@@ -28,6 +28,7 @@ from common import (
     ratio,
     save,
     share,
+    some_of,
     spread,
     table,
     time_in_turns,
@@ -48,12 +49,14 @@ MEMORY_RUNS = {"tiny": 1, "quick": 1, "full": 3}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure each case, write the record after each, print the table."""
     made = parser(__doc__, {"tiny": 2, "quick": 5, "full": 9})
-    made.add_argument("--cases", default=",".join("123"), help="by number; default: %(default)s")
+    made.add_argument(
+        "--cases", type=some_of("123"), default="1,2,3", help="by number; default: %(default)s"
+    )
     options = begin("layer", made, arguments)
     options.record["gate"] = check_op(options.device)
     options.record["cases"] = found = {}
     for number, (title, case) in enumerate(cases(options.size).items(), 1):
-        if str(number) in options.cases.split(","):
+        if str(number) in options.cases:
             names = installed(LAYERS if number == 1 else LAYERS[:2])
             found[title] = measure(names, case, options)
             save(options)

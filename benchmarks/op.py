@@ -26,6 +26,7 @@ from common import (
     product_rate,
     save,
     share,
+    some_of,
     spread,
     table,
     time_in_turns,
@@ -91,13 +92,15 @@ TINY = OpCase(tokens=32, heads=2, head_dim=8, expansion=2, chunk=8)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure sweep after sweep, write the record after each, print a table of each."""
     made = parser(__doc__, {"tiny": 1, "quick": 3, "full": 7})
-    made.add_argument("--sweeps", help="of " + ", ".join(SWEEPS["full"]) + "; default: all")
-    made.add_argument("--backends", help="default: all that work here")
+    made.add_argument(
+        "--sweeps", type=some_of([*SWEEPS["full"]]), help=f"of {','.join(SWEEPS['full'])}; default: all"
+    )
+    made.add_argument("--backends", type=some_of(backends()), help="default: all that work here")
     options = begin("op", made, arguments)
     options.record["gate"] = check_op(options.device)
-    names = options.backends.split(",") if options.backends else backends()
+    names = options.backends or backends()
     options.record["sweeps"] = found = {}
-    wanted = options.sweeps.split(",") if options.sweeps else list(SWEEPS[options.size])
+    wanted = options.sweeps or list(SWEEPS[options.size])
     for sweep in wanted:
         rows = found[sweep] = []
         for case in cases(sweep, options.size):

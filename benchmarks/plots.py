@@ -214,10 +214,10 @@ def logarithmic(axes: Any, values: Sequence[float]) -> None:
 
 
 def short(value: float) -> str:
-    """1000000 -> 1M; 16384 -> 16K; 384 -> 384."""
-    for size, letter in ((1e6, "M"), (1e3, "K")):
+    """1250000 -> 1.25M; 16384 -> 16K; 384 -> 384."""
+    for size, binary, letter in ((1e6, 2**20, "M"), (1e3, 2**10, "K")):
         if value >= size:
-            return f"{value / size:.3g}{letter}" if value % size == 0 else f"{value / size:.0f}{letter}"
+            return f"{value / (binary if value % binary == 0 else size):.3g}{letter}"
     return f"{value:g}"
 
 

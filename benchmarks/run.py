@@ -4,6 +4,7 @@
 
 `make bench` takes about five minutes on two cores, `make bench-full` hours. Each benchmark is a process
 of its own, writes its own record and may be run by itself; a check of the results comes first.
+`--show` tells what the records of this repository say, `--show --out runs/benchmarks` what yours do.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, has_device, load
+from common import RESULTS, RUNS, has_device, load, some_of
 
 NAMES = ("layer", "op", "training", "decode", "streaming")
 
@@ -27,21 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size.add_argument("--full", dest="size", action="store_const", const="full", help="all sizes")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="to try the code")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    made.add_argument("--only", default=",".join(NAMES), help="default: %(default)s")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    made.add_argument(
+        "--only", type=some_of(NAMES), default=",".join(NAMES), help="default: %(default)s"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder of the records; {RUNS}, with --show benchmarks/results",
+    )
     made.add_argument("--images", type=Path, help="folder of the pictures; default: none")
     made.add_argument("--show", action="store_true", help="measure nothing, tell what the records say")
     made.set_defaults(size="quick")
     options = made.parse_args(arguments)
-    unknown = set(options.only.split(",")) - set(NAMES)
-    if unknown:
-        made.error(f"unknown benchmarks {sorted(unknown)}: take some of {', '.join(NAMES)}")
+    options.out = options.out or (RESULTS if options.show else RUNS)
     if not has_device(options.device):
         print("No GPU that torch can use: nothing measured.")
         return 0
     failed = []
     if not options.show:
-        failed = [name for name in options.only.split(",") if not run(name, options)]
+        failed = [name for name in options.only if not run(name, options)]
     tell(options)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -62,7 +67,7 @@ def tell(options: Any) -> None:
     import plots
     import summary
 
-    size = None if options.show else options.size
+    size = None if options.show and options.size == "quick" else options.size
     records = {name: load(name, options.out, options.device, size) for name in NAMES}
     if options.images:
         for path in plots.draw(records, options.images):

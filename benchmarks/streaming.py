@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from checks import check_reading
-from common import MIB, begin, parser, save, spread, table, told
+from common import MIB, begin, parser, save, some_of, spread, table, told
 from contenders import TINY_SIZES, TITANS, ModelSizes, build_model
 from everlong.allocator import keep_freed_memory
 from reading import memory_now
@@ -34,10 +34,15 @@ KEPT = {"tiny": 2, "quick": SPAN, "full": SPAN}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read with each kind, write the record as it goes, print the table."""
     made = parser(__doc__, {})
-    made.add_argument("--kinds", default="mac", help=f"of {', '.join(TITANS)}; default: %(default)s")
+    made.add_argument(
+        "--kinds",
+        type=some_of(TITANS),
+        default="mac",
+        help=f"of {','.join(TITANS)}; default: %(default)s",
+    )
     made.add_argument("--tokens", type=int, help="default: 307,200; with --full 2,007,040")
     options = begin("streaming", made, arguments)
-    kinds, span = options.kinds.split(","), KEPT[options.size]
+    kinds, span = options.kinds, KEPT[options.size]
     sizes = asdict(TINY_SIZES if options.size == "tiny" else ModelSizes())
     tokens = options.tokens or TOKENS[options.size]
     block = BLOCK[options.size]

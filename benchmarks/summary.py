@@ -36,7 +36,10 @@ class Bar:
             found = self.find(record)
         except LookupError:
             return [self.what, "-", wanted, "not measured"]
-        return [self.what, f"{found:{self.form}}{self.unit}", wanted, self.verdict(found)]
+        told, verdict = f"{found:{self.form}}{self.unit}", self.verdict(found)
+        if verdict == "missed" and told in wanted:  # by less than its digits
+            told = f"{found:.4g}{self.unit}"
+        return [self.what, told, wanted, verdict]
 
     def verdict(self, found: float) -> str:
         """met or missed; NaN is missed."""

@@ -31,6 +31,7 @@ from common import (
     product_rate,
     ratio,
     save,
+    some_of,
     spread,
     table,
     time_in_turns,
@@ -70,19 +71,23 @@ PARTS = ("models", "lengths")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the models, then the lengths; write the record after each, print the tables."""
     made = parser(__doc__, {"tiny": 2, "quick": 3, "full": 7})
-    made.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
-    made.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    made.add_argument(
+        "--models", type=some_of(MODELS), default=",".join(MODELS), help="default: %(default)s"
+    )
+    made.add_argument(
+        "--parts", type=some_of(PARTS), default=",".join(PARTS), help="default: %(default)s"
+    )
     made.add_argument("--allocator", choices=("keep", "default"), default="keep")
     options = begin("training", made, arguments)
     options.record["keeps_freed_memory"] = options.allocator == "keep" and keep_freed_memory()
     sizes = TINY_SIZES if options.size == "tiny" else ModelSizes()
     options.record |= {"sizes": asdict(sizes), "gate": check_reading(CHECKED, options.device)}
-    if "models" in options.parts.split(","):
-        names = installed(options.models.split(","))
+    if "models" in options.parts:
+        names = installed(options.models)
         options.record["models"] = found = measure_models(names, sizes, options)
         save(options)
         show_models(found)
-    if "lengths" in options.parts.split(","):
+    if "lengths" in options.parts:
         options.record["lengths"] = lengths = []
         for tokens in LENGTHS[options.size]:
             lengths.append(measure_length(tokens, sizes, options))

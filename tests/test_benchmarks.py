@@ -209,7 +209,7 @@ def test_measure_draw_and_sum_up(suite, quick, tmp_path, monkeypatch, capsys):
         "layer": measured(suite, tmp_path, "layer", "--cases", "1"),
         "op": measured(suite, tmp_path, "op", "--sweeps", "depth"),
         "training": measured(suite, tmp_path, "training", "--models", "llama,mac,mag,lmm"),
-        "decode": measured(suite, tmp_path, "decode", "--kinds", "mac", "--positions", "17,40"),
+        "decode": measured(suite, tmp_path, "decode", "--kinds", "mac", "--positions", "17", "40"),
         "streaming": None,
     }
     positions = records["decode"]["positions"]["mac"]

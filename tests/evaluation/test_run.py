@@ -140,7 +140,7 @@ def test_everything_that_cannot_be_asked_is_said_before_any_work(model, tmp_path
         evaluate([model], tasks, [1000], 3, tmp_path / "out")
     assert "asked are 1,000" in str(error.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"nowhere does not exist: name a folder"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: train it first"):
         evaluate(["nowhere"], tasks, [100], 3, tmp_path / "out")
     with pytest.raises(ValueError, match=r"'nedle' is none of everlong's tasks \(needle"):
         build_tasks(["nedle"], [100], TaskOptions())

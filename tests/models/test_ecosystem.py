@@ -469,6 +469,15 @@ def test_a_compiled_step_serves_all_tokens(kind):
     assert programs[2 * SEGMENT] == programs[-1]
 
 
+@ANY
+def test_no_tokens_change_nothing(kind):
+    model, ids = make(kind), text()
+    assert model(ids[:, :0]).logits.shape == (2, 0, VOCABULARY)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    assert model(ids[:, :0], past_key_values=cache).logits.shape == (2, 0, VOCABULARY)
+    assert_close("logits", model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+
+
 @EVERY
 def test_documents_that_start_in_a_carried_row_train_what_they_see(kind):
     """Law 6 in streams: the row's old state is cut off and stale; the new document is as if alone."""

@@ -116,7 +116,11 @@ def test_native_attention_over_several_blocks(window):
                 y = full_attention(q, k, v, None, prefix)
             else:
                 y = sliding_attention(q, k, v, window, None, prefix)
-            found.append([y, *torch.autograd.grad(y.square().sum(), [q, k, v, *prefix])])
+            inputs = [q, k, v, *prefix]
+            found.append([y, *torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)])
+            # Gradients that are laid out otherwise: of a sum one number for all, and of a transpose.
+            for loss in (y.sum(), torch.einsum("bntk,bnkt->", y, torch.ones_like(y.mT).cumsum(3))):
+                found[-1] += torch.autograd.grad(loss, inputs, retain_graph=True)
     assert "Causal" not in type(found[0][0].grad_fn).__name__
     assert "CausalAttention" in type(found[1][0].grad_fn).__name__
     for want, got in zip(*found, strict=True):

@@ -202,9 +202,13 @@ def _where(folder: str | Path) -> dict[str, Any]:
     """Arguments of from_pretrained. Raises ValueError for a folder without a model."""
     path = Path(folder)
     if not path.is_dir():
-        if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+        ours = str(folder).startswith((".", "/", "runs/"))  # where `everlong train` writes
+        if str(folder).count("/") == 1 and not ours:
             return {"pretrained_model_name_or_path": str(folder)}
-        raise ValueError(f"{folder} does not exist: name a folder that training wrote, or a hub id")
+        raise ValueError(
+            f"{folder} does not exist: train it first (`everlong train RECIPE`), or name a folder that "
+            "training wrote, or a hub id"
+        )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     file = gguf_file(path)
     if file is not None:

@@ -268,7 +268,7 @@ def _tables(
     wide = torch.float32 if device.type == "mps" else torch.float64
     # An integer stays one, or a compiler takes each for a constant of a program of its own.
     first = start.to(device).view(-1, 1) if isinstance(start, Tensor) else start
-    positions = (torch.arange(tokens, device=device) + first).view(-1, tokens)
+    positions = torch.arange(tokens, device=device)[None] + first
     exponent = torch.arange(half, dtype=wide, device=device) / half
     angles = positions.to(wide)[:, None, :, None] * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)

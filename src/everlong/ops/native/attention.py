@@ -86,11 +86,12 @@ class CausalAttention(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> Any:
         *given, y, log_sum = ctx.saved_tensors
+        dy = dense(dy)
         tensors = dict(zip(INPUTS, given, strict=True))
         grads: dict[str, Tensor | None] = {"dq": room_by_token(dy, dy.shape)}
         for name in INPUTS[1:]:  # blocks add to these
             x = tensors[name]
             grads["d" + name] = None if x is None else room_by_token(x, x.shape).zero_()
-        attention = _Attention.of({**tensors, **grads, "y": y, "dy": dense(dy)}, ctx.each, ctx.window)
+        attention = _Attention.of({**tensors, **grads, "y": y, "dy": dy}, ctx.each, ctx.window)
         attention.run("everlong_attention_backward", log_sum)
         return (None, None, *grads.values())

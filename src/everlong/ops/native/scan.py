@@ -53,7 +53,7 @@ def scan_problem(q: Tensor, layers: int) -> str | None:
 def scan_wins(q: Tensor) -> bool:
     """Whether it is faster than the eager scan: a thread reads a memory, and some would be idle."""
     threads, memories = torch.get_num_threads(), q.shape[0] * q.shape[1]
-    busy = memories / (-(-memories // threads) * threads)
+    busy = memories / max(-(-memories // threads) * threads, 1)
     # Large products keep all threads busy by themselves.
     return busy >= (0.4 if q.shape[3] <= 128 else 0.75)
 
