@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fresh_process("decode", "measure_turns", kinds, sizes, positions[0], rows, rounds, device)
         for rows in ROWS[options.size]
     ]
+    save(options)
     options.record["compiled"] = [
         fresh_process("decode", "measure_compiled", kind, sizes, positions[0], rounds, device)
         for kind in COMPILED[options.size]
@@ -120,9 +121,10 @@ def measure_positions(
         return memory_now(device)
 
     with torch.inference_mode():
-        read(min(HEAP_TOKENS, positions[-1]))
         cache = read(positions[0])
         caches = [copy.deepcopy(cache) for _ in positions]
+        # The heap as it will be: beside the copies there is to be room for reading and decoding.
+        resident_after(read(min(HEAP_TOKENS, positions[-1])))
         memory, state, before = [], [], positions[0]
         for i, position in enumerate(positions):
             cache = read(position - before, cache)
