@@ -85,16 +85,22 @@ class _Recomputation:
     unpacked: int = 0
     again: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.span, self.numbers = _span(self.shape, self.stride), math.prod(self.shape)
+
     def pack(self, x: Tensor) -> Any:
         """What is kept of x: how it lies in y, if it does."""
         offset, odd = divmod(x.data_ptr() - self.place, x.element_size())
-        span, numbers = _span(self.shape, self.stride), math.prod(self.shape)
-        # Between the numbers of one that has gaps may be those of others.
-        own = x.dtype == self.dtype and (span == numbers or x.numel() == numbers)
-        if own and not odd and 0 <= offset <= span - _span(x.shape, x.stride()):
+        if 0 <= offset < self.span and not odd and self._holds(x, offset):
             self.packed += 1
             return self, x.shape, x.stride(), offset
         return _Kept(x) if self.outer is None else self.outer.pack(x)
+
+    def _holds(self, x: Tensor, offset: int) -> bool:
+        """Whether x, which begins at a number of y, is of its numbers alone."""
+        # Between the numbers of one that has gaps may be those of others.
+        own = self.span == self.numbers or x.numel() == self.numbers
+        return x.dtype == self.dtype and own and offset <= self.span - _span(x.shape, x.stride())
 
     @staticmethod
     def unpack(kept: Any) -> Tensor:

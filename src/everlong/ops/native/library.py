@@ -118,8 +118,7 @@ def room(like: Tensor, shape: Sequence[int]) -> Tensor:
 def room_by_token(like: Tensor, shape: Sequence[int]) -> Tensor:
     """`room` [B, H, T, K] in which each token's heads lie side by side, as projections want them."""
     batch, heads, tokens, size = shape
-    whole = room(like, (batch * tokens * heads * size,))
-    return whole.as_strided_(shape, (tokens * heads * size, size, heads * size, 1))
+    return room(like, (batch, tokens, heads, size)).transpose_(1, 2)
 
 
 def dense(x: Tensor) -> Tensor:
