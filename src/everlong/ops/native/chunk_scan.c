@@ -257,8 +257,8 @@ static void copy_state(const Shape *s, const Rows *w, const Rows *m, int64_t b, 
 /* --- a chunk's coefficients (see ../decay.py), by recursion over its rows ------------------------ */
 
 typedef struct {
-    real *write; /* [C, C] */
-    real *path, *surprise; /* A E and E, [C, C]; with momentum only: surprise */
+    /* [C, C], up to the diagonal: A E diag(-theta), A E and, with momentum only, E */
+    real *write, *path, *surprise;
     real *memory, *momentum, *start, *final, *retain, *eta, *theta; /* [C] */
 } Coefficients;
 
@@ -293,7 +293,6 @@ static void coefficients(const Shape *s, const Tensors *x, int64_t b, int64_t h,
         }
         path[t] = 1;
         EACH(int64_t i = 0; i <= t; i++) write[i] = -path[i] * o->theta[i];
-        memset(write + t + 1, 0, (c - t - 1) * sizeof(real));
         o->memory[t] = memory *= r;
         if (momentum) {
             o->start[t] = start *= e;
@@ -436,10 +435,10 @@ static void inner_gradient(Chunk *n, int curve) {
     }
 }
 
-/* A layer's x z^T of the rows x. */
+/* A layer's x z^T of the rows x, up to the diagonal. */
 static void scores(Chunk *n, int l, const real *x, int64_t ldx) {
     const int64_t c = n->s->chunk;
-    multiply(n->x->gemm, 0, 1, c, c, n->s->widths[l], x, ldx, n->z[l], n->ldz[l], 0, n->product[l], c);
+    multiply_part(WANTED, n->x->gemm, 0, 1, c, c, n->s->widths[l], x, ldx, n->z[l], n->ldz[l], 0, n->product[l], c);
 }
 
 /* A layer's output: what stood at the chunk's start (narrow layers: from `through`) and the writes since. */
@@ -448,8 +447,13 @@ static void sum_output(Chunk *n, int l, real *weighted) {
     const int64_t c = s->chunk, out = s->widths[l + 1];
     const Coefficients *o = &n->of[l];
     if (!tall(s, l)) join_rows(s, n->through[l], o->memory, o->momentum, n->out[l], 0, NULL, 0, NULL, NULL, out);
-    EACH(int64_t i = 0; i < c * c; i++) weighted[i] = n->product[l][i] * o->write[i];
-    multiply(n->x->gemm, 0, 0, c, out, c, weighted, c, n->error[l], out, 1, n->out[l], out);
+    for (int64_t t = 0; t < c; t++) {
+        const real *product = n->product[l] + t * c, *write = o->write + t * c;
+        real *row = weighted + t * c;
+        EACH(int64_t i = 0; i <= t; i++) row[i] = product[i] * write[i];
+        memset(row + t + 1, 0, (c - t - 1) * sizeof(real));
+    }
+    multiply_part(LOWER, n->x->gemm, 0, 0, c, out, c, weighted, c, n->error[l], out, 1, n->out[l], out);
 }
 
 /* y_t = M_t(q_t) of all rows, keeping the products that the way back needs. */
@@ -603,6 +607,21 @@ static void carry_back(Chunk *n, Grads *d, real *scratch) {
     }
 }
 
+/* Back through `sum_output`'s weighted = product x write, up to the diagonal: given the gradient of weighted,
+ * becomes that of product; dwrite is added to, weighted made again. */
+static void weights_back(int64_t c, const real *product, const real *write, real *given, real *dwrite,
+                         real *weighted) {
+    for (int64_t t = 0; t < c; t++, product += c, write += c, given += c, dwrite += c, weighted += c) {
+        EACH(int64_t i = 0; i <= t; i++) {
+            dwrite[i] += product[i] * given[i];
+            weighted[i] = product[i] * write[i];
+            given[i] *= write[i];
+        }
+        memset(given + t + 1, 0, (c - t - 1) * sizeof(real));
+        memset(weighted + t + 1, 0, (c - t - 1) * sizeof(real));
+    }
+}
+
 /* Back through `read_rows`, with dy in n->x->dy: adds to z, error, state, coefficients; gives q. */
 static void read_back(Chunk *n, Grads *d, real *scratch) {
     const Shape *s = n->s;
@@ -623,17 +642,12 @@ static void read_back(Chunk *n, Grads *d, real *scratch) {
         int64_t ldx = in;
         if (l) gelu_and_slope(n->out[l - 1], x, slope, c * in);
         else from = rows_at(&n->x->q, n), ldx = n->x->q.row;
-        multiply(gemm, 0, 1, c, c, out, dout, out, n->error[l], out, 0, dproduct, c);
-        for (int64_t i = 0; i < c * c; i++) {
-            const real product = n->product[l][i], write = o->write[i];
-            g->write[i] += product * dproduct[i];
-            weighted[i] = product * write;
-            dproduct[i] *= write;
-        }
-        multiply(gemm, 1, 0, c, out, c, weighted, c, dout, out, 1, d->error[l], out);
-        multiply(gemm, 1, 0, c, in, c, dproduct, c, from, ldx, 1, d->z[l], in);
+        multiply_part(WANTED, gemm, 0, 1, c, c, out, dout, out, n->error[l], out, 0, dproduct, c);
+        weights_back(c, n->product[l], o->write, dproduct, g->write, weighted);
+        multiply_part(UPPER, gemm, 1, 0, c, out, c, weighted, c, dout, out, 1, d->error[l], out);
+        multiply_part(UPPER, gemm, 1, 0, c, in, c, dproduct, c, from, ldx, 1, d->z[l], in);
         real *to = l ? dx : d->q;
-        multiply(gemm, 0, 0, c, in, c, dproduct, c, n->z[l], n->ldz[l], 0, to, in);
+        multiply_part(LOWER, gemm, 0, 0, c, in, c, dproduct, c, n->z[l], n->ldz[l], 0, to, in);
         if (tall(s, l)) {
             const int64_t both = s->parts * in;
             multiply(gemm, 0, 1, c, both, out, dout, out, state, ld, 0, both_rows, both);

@@ -39,6 +39,13 @@ static inline real *take(real **at, int64_t n) { /* the next n numbers of a buff
 void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
               const real *b, int64_t ldb, int add, real *out, int64_t ldo);
 
+/* As `multiply` of matrices that are zero above (LOWER) or below (UPPER) the diagonal, op(a) [m, m], of which
+ * less is read; or of an out [m, m] of which nothing above the diagonal is wanted (WANTED), which may hold
+ * anything there. */
+typedef enum { WHOLE, LOWER, UPPER, WANTED } Part;
+void multiply_part(Part part, gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a,
+                   int64_t lda, const real *b, int64_t ldb, int add, real *out, int64_t ldo);
+
 /* exp in float32, made to be vectorised: 2 ulp, and within -87 ... 88. */
 static inline float exp_float(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;

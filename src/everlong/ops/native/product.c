@@ -44,13 +44,29 @@ INLINE void tile(int rows, int n, int64_t k, const real *a, int64_t ai, int64_t 
         for (int j = 0; j < n; j++) *(vec *)(out + i * ldo + j * LANES) = sum[i][j];
 }
 
-/* As `tile`, of any number of rows. */
-INLINE void panel(int n, int64_t m, int64_t k, const real *a, int64_t ai, int64_t ap, const real *b, int64_t ldb,
-                  int add, real *out, int64_t ldo) {
+/* A tile of some of the rows, from row i of out, whose sum goes over the entries first ... first + k - 1 of
+ * an operand's dimension; columns: those to the left of this tile's. */
+INLINE void part_tile(Part part, int rows, int n, int64_t i, int64_t first, int64_t columns, int64_t k,
+                      const real *a, int64_t ai, int64_t ap, const real *b, int64_t ldb, int add, real *out,
+                      int64_t ldo) {
+    const int64_t end = i + rows - first, begin = i - first > 0 ? i - first : 0; /* of the diagonal's entries */
+    if (part == LOWER && end < k) k = end;
+    if (part == UPPER) a += begin * ap, b += begin * ldb, k -= begin;
+    if (k <= 0 && add) return;
+    if (part == WANTED && columns >= i + rows) return;
+    if (part == WANTED && columns + LANES >= i + rows) n = 1;
+    if (n == 1) tile(rows, 1, k, a + i * ai, ai, ap, b, ldb, add, out + i * ldo, ldo);
+    else tile(rows, 2, k, a + i * ai, ai, ap, b, ldb, add, out + i * ldo, ldo);
+}
+
+/* As `part_tile`, of all rows. */
+INLINE void panel(Part part, int n, int64_t m, int64_t first, int64_t columns, int64_t k, const real *a, int64_t ai,
+                  int64_t ap, const real *b, int64_t ldb, int add, real *out, int64_t ldo) {
     int64_t i = 0;
-    for (; i + ROWS <= m; i += ROWS) tile(ROWS, n, k, a + i * ai, ai, ap, b, ldb, add, out + i * ldo, ldo);
-    for (; i + 2 <= m; i += 2) tile(2, n, k, a + i * ai, ai, ap, b, ldb, add, out + i * ldo, ldo);
-    if (i < m) tile(1, n, k, a + i * ai, ai, ap, b, ldb, add, out + i * ldo, ldo);
+    for (; i + ROWS <= m; i += ROWS)
+        part_tile(part, ROWS, n, i, first, columns, k, a, ai, ap, b, ldb, add, out, ldo);
+    for (; i + 2 <= m; i += 2) part_tile(part, 2, n, i, first, columns, k, a, ai, ap, b, ldb, add, out, ldo);
+    if (i < m) part_tile(part, 1, n, i, first, columns, k, a, ai, ap, b, ldb, add, out, ldo);
 }
 
 /* out [k, LANES] = x [LANES, k] transposed. */
@@ -76,9 +92,11 @@ static void turn(int64_t k, const real *x, int64_t ldx, real *out, int64_t ldo) 
         for (int i = 0; i < LANES; i++) out[p * ldo + i] = x[i * ldx + p];
 }
 
-static void small(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda, const real *b,
-                  int64_t ldb, int add, real *out, int64_t ldo) {
+/* The sum over entries first ... first + k - 1. */
+static void small(Part part, int ta, int tb, int64_t m, int64_t n, int64_t first, int64_t k, const real *a,
+                  int64_t lda, const real *b, int64_t ldb, int add, real *out, int64_t ldo) {
     real turned[2 * DEPTH * LANES];
+    a += first * (ta ? lda : 1), b += first * (tb ? 1 : ldb);
     for (int64_t j = 0; j < n; j += 2 * LANES) {
         const int64_t vectors = n - j < 2 * LANES ? 1 : 2;
         const real *columns = b + j;
@@ -88,9 +106,9 @@ static void small(int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a
                 turn(k, b + (j + i * LANES) * ldb, ldb, turned + i * LANES, 2 * LANES);
             columns = turned, ld = 2 * LANES;
         }
-        if (vectors == 1) panel(1, m, k, a, ta ? 1 : lda, ta ? lda : 1, columns, ld, add, out + j, ldo);
-        else if (ta) panel(2, m, k, a, 1, lda, columns, ld, add, out + j, ldo);
-        else panel(2, m, k, a, lda, 1, columns, ld, add, out + j, ldo);
+        if (vectors == 1) panel(part, 1, m, first, j, k, a, ta ? 1 : lda, ta ? lda : 1, columns, ld, add, out + j, ldo);
+        else if (ta) panel(part, 2, m, first, j, k, a, 1, lda, columns, ld, add, out + j, ldo);
+        else panel(part, 2, m, first, j, k, a, lda, 1, columns, ld, add, out + j, ldo);
     }
 }
 
@@ -101,12 +119,16 @@ static void blas(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, c
     gemm(tb ? "T" : "N", ta ? "T" : "N", &in, &im, &ik, &one, b, &ib, a, &ia, &kept, out, &io);
 }
 
-void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
-              const real *b, int64_t ldb, int add, real *out, int64_t ldo) {
+void multiply_part(Part part, gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a,
+                   int64_t lda, const real *b, int64_t ldb, int add, real *out, int64_t ldo) {
     const int64_t whole = m * n <= LARGEST ? n / LANES * LANES : 0; /* columns in whole vectors */
     for (int64_t p = 0; p < k && whole; p += DEPTH)
-        small(ta, tb, m, whole, k - p < DEPTH ? k - p : DEPTH, a + p * (ta ? lda : 1), lda, b + p * (tb ? 1 : ldb), ldb,
-              add || p, out, ldo);
+        small(part, ta, tb, m, whole, p, k - p < DEPTH ? k - p : DEPTH, a, lda, b, ldb, add || p, out, ldo);
     if (whole < n)
         blas(gemm, ta, tb, m, n - whole, k, a, lda, b + whole * (tb ? ldb : 1), ldb, add, out + whole, ldo);
+}
+
+void multiply(gemm_t gemm, int ta, int tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
+              const real *b, int64_t ldb, int add, real *out, int64_t ldo) {
+    multiply_part(WHOLE, gemm, ta, tb, m, n, k, a, lda, b, ldb, add, out, ldo);
 }
