@@ -77,6 +77,18 @@ def test_many_chunks(switches, chunks):
         assert_close(name, got[name], want[name])
 
 
+@pytest.mark.parametrize("switches", [{}, {"momentum": False}, {"decay": False, "norm": False}])
+@pytest.mark.parametrize("chunk", [16, 37, 64, 300])
+def test_large_chunks(switches, chunk):
+    """Whole vectors and blocks of rows in a chunk, and what is left of them; two chunks and a part."""
+    tokens = 2 * chunk + 5
+    inputs = make_inputs(tokens, size=16, batch=1, heads=1, theta=0.2 / tokens, **switches)
+    want = outputs_and_gradients(recurrent_neural_memory, inputs, tokens, chunk, 0)
+    got = outputs_and_gradients(chunk_neural_memory, inputs, tokens, chunk, 0)
+    for name in want:
+        assert_close(name, got[name], want[name])
+
+
 @pytest.mark.parametrize("wanted", ["q", "k", "theta", "log_eta", "scale", "weight1", "momentum0"])
 def test_gradients_of_one_input_alone(wanted):
     inputs = make_inputs(9)
