@@ -310,7 +310,11 @@ def titans_pytorch_mac(sizes: ModelSizes) -> Any:
 
 
 def open_titans(name: str, sizes: ModelSizes) -> Any:
-    """OpenTitans' MAC or MAG, a memory in every layer. Its MAC's memory has segments for chunks."""
+    """OpenTitans' MAC or MAG, a memory in every layer.
+
+    Its MAC's memory has segments for chunks. What that memory gives is added to long-term tokens alone,
+    of which there are none by default: here there are as many as persistent ones.
+    """
     common = {
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.hidden_size,
@@ -325,7 +329,9 @@ def open_titans(name: str, sizes: ModelSizes) -> Any:
         from open_titans.models.titans_mac.configuration_mac import TitansMACConfig
         from open_titans.models.titans_mac.modeling_mac import TitansMACModel
 
-        config = TitansMACConfig(segment_len=sizes.segment, **common)
+        config = TitansMACConfig(
+            segment_len=sizes.segment, num_longterm_mem_tokens=sizes.persistent, **common
+        )
         return TitansMACModel(config, **memory_arguments(sizes))
     from open_titans.models.titans_mag.configuration_mag import TitansMAGConfig
     from open_titans.models.titans_mag.modeling_mag import TitansMAGModel
