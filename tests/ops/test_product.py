@@ -47,6 +47,17 @@ def multiply(part, transposed, a, b, add, out):
     )
 
 
+def check(part, transposed, a, b, add, out):
+    """The product is right where it is wanted, and what lies around the output stays as it is."""
+    around = out._base.clone()
+    want = (a.T if transposed[0] else a).double() @ (b.T if transposed[1] else b).double() + add * out
+    multiply(part, transposed, a, b, add, out)
+    got, want = (x.tril() if part == WANTED else x for x in (out, want.to(out.dtype)))
+    assert_close("product", got, want, out.dtype)
+    around[:, 2:-1] = out
+    assert torch.equal(out._base, around)
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("transposed", TRANSPOSED, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -57,13 +68,7 @@ def test_products(dtype, size, transposed, add):
     m, n, k = size
     a = inside(*((k, m) if transposed[0] else (m, k)), dtype)
     b = inside(*((n, k) if transposed[1] else (k, n)), dtype)
-    out = inside(m, n, dtype)
-    around = out._base.clone()
-    want = (a.T if transposed[0] else a).double() @ (b.T if transposed[1] else b).double() + add * out
-    multiply(WHOLE, transposed, a, b, add, out)
-    assert_close("product", out, want.to(dtype), dtype)
-    around[:, 2:-1] = out
-    assert torch.equal(out._base, around)
+    check(WHOLE, transposed, a, b, add, inside(m, n, dtype))
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -79,11 +84,4 @@ def test_products_of_triangles(dtype, part, side, transposed, add):
     if part != WANTED:  # as stored: its transpose is a triangle the other way
         (torch.Tensor.tril_ if (part == LOWER) != bool(transposed[0]) else torch.Tensor.triu_)(a)
     b = inside(*((n, k) if transposed[1] else (k, n)), dtype)
-    out = inside(side, n, dtype)
-    around = out._base.clone()
-    want = (a.T if transposed[0] else a).double() @ (b.T if transposed[1] else b).double() + add * out
-    multiply(part, transposed, a, b, add, out)
-    got, want = (x.tril() if part == WANTED else x for x in (out, want.to(dtype)))
-    assert_close("product", got, want, dtype)
-    around[:, 2:-1] = out
-    assert torch.equal(out._base, around)
+    check(part, transposed, a, b, add, inside(side, n, dtype))
