@@ -12,7 +12,16 @@ from torch.utils._pytree import register_dataclass
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
 from everlong.ops.backend import native_takes
 from everlong.ops.native.rows import Rotate
-from everlong.ops.state import PerRow, State, agreed
+from everlong.ops.state import (
+    ANOTHER,
+    PerRow,
+    State,
+    agreed,
+    check_kind,
+    check_position,
+    check_tensor,
+    check_tuple,
+)
 
 MOST_KEPT = 4096  # tokens of the rotary tables that are kept for the next layer
 
@@ -30,6 +39,39 @@ class AttentionState(State):
     values: Tensor
     position: PerRow
     prefix: Prefix | None
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        check_tensor("keys", self.keys, (None,) * 4)
+        batch, heads, _, size = self.keys.shape
+        device = self.keys.device
+        check_tensor("values", self.values, tuple(self.keys.shape), device)
+        if self.prefix is not None:
+            check_tuple("prefix", self.prefix, 2)
+            check_tensor("prefix.0", self.prefix[0], (batch, heads, None, size), device)
+            check_tensor("prefix.1", self.prefix[1], tuple(self.prefix[0].shape), device)
+        check_position(self.position, batch)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """Tokens so far."""
+        return self.position, None
+
+    def check_like(self, initial: "AttentionState") -> None:
+        """As of every state; there may be any number of keys."""
+        check_tensor("keys", self.keys, (None, initial.keys.shape[1], None, initial.keys.shape[3]))
+        super().check_like(replace(initial, keys=self.keys, values=self.values))
+
+    def check_slots(self, held: PerRow, each: int = 1) -> None:
+        """Raise ValueError unless there are keys of the `held` tokens that a next one may see."""
+        if isinstance(held, Tensor) and (torch.compiler.is_compiling() or not len(held)):
+            return
+        want = each * int(held.max() if isinstance(held, Tensor) else held)
+        if self.keys.shape[2] < want:
+            raise ValueError(
+                f"the state's keys are of {self.keys.shape[2]} rows but its position {self.position} "
+                f"needs {want}: {ANOTHER}"
+            )
 
     def restart(self, fresh: Tensor, initial: "AttentionState") -> "AttentionState":
         """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
@@ -160,11 +202,8 @@ class Attention(nn.Module):
         """The state, or an empty one; refuses what is not this layer's."""
         if state is None:
             return self.initial_state(x).expand(x.shape[0])
-        if not isinstance(state, AttentionState):
-            raise ValueError(
-                f"attention wants an AttentionState, got {type(state).__name__}: it belongs to another "
-                "layer or model"
-            )
+        check_kind("attention", state, AttentionState)
+        state.check()
         state.check_batch(x.shape[0])
         got = list(state.keys.shape[1::2])
         want = [self.num_key_value_heads, self.head_dim]
@@ -173,7 +212,13 @@ class Attention(nn.Module):
                 f"state was built with key heads and size {got} but the layer has {want}: it belongs "
                 "to another layer or model"
             )
+        self.check_place(state)
         return state
+
+    def check_place(self, state: AttentionState) -> None:
+        """Refuse a state without the keys that its position promises."""
+        held = state.position
+        state.check_slots(held if self.window is None else _at_most(held, self.window - 1))
 
 
 class SegmentAttention(Attention):
@@ -222,6 +267,11 @@ class SegmentAttention(Attention):
             (state.position + (h.shape[1] if lengths is None else lengths)) % self.segment
         )
         return self._out(y), state.keep(k, v, position, lengths, each=2)
+
+    def check_place(self, state: AttentionState) -> None:
+        """As for all attention; the position is one in the open segment."""
+        check_position(state.position, state.batch_size, self.segment)
+        state.check_slots(state.position, each=2)
 
     def over_prefix(self, prefix: Tensor) -> Tensor:
         """The outputs of prefix rows [1, P, D] that see each other and nothing else."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import register_dataclass
 from everlong.layers.attention import AttentionState, join_keys
 from everlong.layers.weight import Gate, Weight
 from everlong.ops.attention import causal_mask
-from everlong.ops.state import State, agreed
+from everlong.ops.state import State, agreed, check_kind, check_tensor
 
 
 class BankWrite(NamedTuple):
@@ -146,6 +146,14 @@ class PositionState(State):
 
     seen: AttentionState
     pooled: Tensor | None
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        check_kind("seen", self.seen, AttentionState)
+        self.seen.check()
+        self.seen.check_slots(self.seen.position)
+        if self.pooled is not None:
+            check_tensor("pooled", self.pooled, (self.batch_size, None), self.seen.keys.device)
 
 
 register_dataclass(PositionState)

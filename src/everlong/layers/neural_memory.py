@@ -265,6 +265,7 @@ class NeuralMemory(nn.Module):
                 f"a neural memory wants a NeuralMemoryState, got {type(state).__name__}: it belongs to "
                 "another layer or model"
             )
+        state.check()
         state.check_batch(x.shape[0])
         self._check_state(state)
         return state
@@ -276,21 +277,31 @@ class NeuralMemory(nn.Module):
                 raise ValueError(f"{name} must be [B, T] = {list(x.shape[:2])}, got {list(row.shape)}")
 
     def _check_state(self, state: NeuralMemoryState) -> None:
-        """Refuse a state whose memory is not this layer's (the op checks type and device)."""
-        if state.conv_tail is not None:
-            taps = 1 if self.conv is None else self.conv.weight.shape[1]
-            want_tail = [taps - 1, 3 * self.num_heads * self.head_dim]
-            if self.conv is None or list(state.conv_tail.shape[1:]) != want_tail:
-                raise ValueError(
-                    f"state was built with a convolution tail of {list(state.conv_tail.shape[1:])} but "
-                    f"the layer wants {want_tail}: it belongs to another layer or model"
-                )
-        got = [list(w.shape[1:]) for w in state.weights]
-        want = [list(w.shape) for w in self._start()]
-        if state.chunk_size != self.chunk_size or got != want:
+        """Refuse a state that is not this layer's (the op checks type and device)."""
+        tail = state.conv_tail
+        held = {
+            "chunk_size": state.chunk_size,
+            "memory weights": [list(w.shape[1:]) for w in state.weights],
+            "momentum": state.momentum is not None,
+            "forgetting": state.log_retain is not None,
+            "convolution tail": None if tail is None else list(tail.shape[1:]),
+        }
+        own = {
+            "chunk_size": self.chunk_size,
+            "memory weights": [list(w.shape) for w in self._start()],
+            "momentum": self.momentum,
+            "forgetting": self.decay,
+            "convolution tail": None,
+        }
+        if self.conv is not None:
+            channels, taps = self.conv.weight.shape
+            own["convolution tail"] = [taps - 1, channels]
+        if held != own:
+            wrong = [
+                f"{name} {held[name]} instead of {own[name]}" for name in own if held[name] != own[name]
+            ]
             raise ValueError(
-                f"state was built with chunk_size {state.chunk_size} and memory weights {got} but the "
-                f"layer has {self.chunk_size} and {want}: it belongs to another layer or model"
+                f"state was built with {', '.join(wrong)}: it belongs to another layer or model"
             )
 
     @contextmanager

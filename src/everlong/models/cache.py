@@ -1,6 +1,7 @@
 """What a model with a memory keeps between calls, as a `transformers` cache."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from everlong.ops.state import State, load_states, save_states
+from everlong.ops.state import (
+    ANOTHER,
+    State,
+    check_kind,
+    check_same_place,
+    format_bytes,
+    load_states,
+    save_states,
+)
 
 
 class StateLayer(CacheLayerMixin):
@@ -93,11 +102,45 @@ class MemoryCache(Cache):
         ]
         raise ValueError(f"the cache belongs to another model, with {', '.join(wrong) or 'more in it'}")
 
+    def check_states(self) -> None:
+        """Raise ValueError unless every state is right in itself, and all have read the same tokens."""
+        states = [layer.state for layer in self.layers if layer.state is not None]
+        for state in states:
+            check_kind("layers", state, State)
+            state.check()
+        if not self.layers:
+            raise ValueError(f"a cache has a state for each layer, got none: {ANOTHER}")
+        # Numbers are compared one by one: a compiler would make a program for each set of them.
+        seen = self.layers[0].seen
+        if not isinstance(seen, int) or seen < 0 or any(x.seen != seen for x in self.layers):
+            raise ValueError(f"the layers of a cache have read as many tokens as each other: {ANOTHER}")
+        missing = len(states) not in (0, len(self.layers)) or (seen > 0 and not states)
+        if missing or any(state.batch_size != states[0].batch_size for state in states):
+            raise ValueError(
+                "a cache has a state for each layer, of the same rows, got rows "
+                f"{[state.batch_size for state in states]} for {len(self.layers)} layers: {ANOTHER}"
+            )
+        check_same_place(*(state.place for state in states))
+
     @property
     def batch_size(self) -> int:
         """Rows of the states, or -1 before the first call."""
         state = self.layers[0].state
         return -1 if state is None else state.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """What the states hold, in bytes."""
+        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
+
+    def __repr__(self) -> str:
+        kinds = Counter(type(layer.state).__name__ for layer in self.layers if layer.state is not None)
+        states = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "empty"
+        width = (self.made_by or {}).get("hidden_size", "unknown")
+        return (
+            f"MemoryCache({self.get_seq_length():,} tokens read, {max(self.batch_size, 0)} rows, "
+            f"{states}, {format_bytes(self.nbytes)}, made by a model of width {width})"
+        )
 
     def detach(self) -> "MemoryCache":
         """Cut the history of every state, in place: gradients stop here. Returns itself."""
@@ -133,7 +176,12 @@ class MemoryCache(Cache):
         held = load_states(path)
         if not isinstance(held, dict):
             raise ValueError(f"{path} holds the state of one layer, not the cache of a model")
-        cache = cls(len(held["layers"]), json.loads(held["made_by"]))
-        for layer, (seen, state) in zip(cache.layers, held["layers"], strict=True):
-            layer.seen, layer.state = seen, state
+        try:
+            cache = cls(len(held["layers"]), json.loads(held["made_by"]))
+            for layer, (seen, state) in zip(cache.layers, held["layers"], strict=True):
+                layer.seen, layer.state = seen, state
+            check_kind("made_by", cache.made_by or {}, dict)
+            cache.check_states()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or no cache of a model: {error}") from error
         return cache.to(device)

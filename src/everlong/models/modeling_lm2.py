@@ -35,7 +35,16 @@ from everlong.models.stateful import (
 )
 from everlong.ops.attention import causal_mask
 from everlong.ops.documents import Cuts
-from everlong.ops.state import PerRow, State, agreed, choose, per_row
+from everlong.ops.state import (
+    PerRow,
+    State,
+    agreed,
+    check_position,
+    check_same_place,
+    check_tensor,
+    choose,
+    per_row,
+)
 
 NOT_INHERITED = ("model_type", "architectures", "transformers_version")
 
@@ -54,6 +63,28 @@ class LM2State(State):
     offered: AttentionState | None
     rows: PositionState | None
     bank: Tensor | None
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        self.check_part("attention", AttentionState)
+        self.attention.check_slots(self.attention.position)
+        places = [self.place]
+        if self.offered is not None:
+            self.check_part("offered", AttentionState)
+            self.offered.check_slots(self.offered.position)
+            places.append(self.offered.place)
+        if self.rows is not None:
+            self.check_part("rows", PositionState)
+            places.append(self.rows.seen.place)
+        if self.bank is not None:
+            bank = (self.batch_size, None, None)
+            check_tensor("bank", self.bank, bank, self.attention.keys.device)
+        check_same_place(*places)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """Tokens of the open segment so far."""
+        return self.attention.place
 
 
 register_dataclass(LM2State)
@@ -137,7 +168,11 @@ class LM2Layer(LlamaDecoderLayer):
 
     def begin(self, x: Tensor, state: Any, fresh: Tensor | None) -> LM2State:
         """The state to go on from; refuses another model's."""
-        return begin(x, state, LM2State, self.initial_state, fresh)
+        begun = begin(x, state, LM2State, self.initial_state, fresh)
+        if state is not None:
+            check_position(begun.attention.position, begun.batch_size, self.config.segment_length)
+            begun.check_like(self.initial_state(x))
+        return begun
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -33,7 +33,18 @@ from everlong.models.stateful import (
     join_pieces,
 )
 from everlong.ops.documents import Cuts
-from everlong.ops.state import State, agreed, per_row
+from everlong.ops.state import (
+    ANOTHER,
+    PerRow,
+    State,
+    agreed,
+    check_kind,
+    check_position,
+    check_same_place,
+    check_tensor,
+    check_tuple,
+    per_row,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,22 @@ class RMTState(State):
 
     layers: tuple[AttentionState, ...]
     memory: Tensor
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        check_tuple("layers", self.layers)
+        for layer in self.layers:
+            check_kind("layers", layer, AttentionState)
+            layer.check()
+            layer.check_slots(layer.position)
+        check_same_place(*(layer.place for layer in self.layers))
+        device = self.layers[0].keys.device
+        check_tensor("memory", self.memory, (self.batch_size, None, None), device)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """Rows of the open segment so far, its memory's too."""
+        return self.layers[0].place
 
 
 register_dataclass(RMTState)
@@ -169,6 +196,8 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
     ) -> list[BlockOutput]:
         """As in `StatefulDecoder`: all layers are one."""
         state = begin(x, states[0], RMTState, self.initial_state, fresh)
+        if states[0] is not None:
+            self._check_state(x, state)
         if not x.shape[1]:
             return [BlockOutput(x, state)]
         # What is open: tokens behind the memory that the keys begin with.
@@ -184,6 +213,18 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
                 outputs.append(self._read_rows(piece, state, count))
             state = outputs[-1].state
         return [join_pieces(outputs, cuts.join)]
+
+    def _check_state(self, x: Tensor, state: RMTState) -> None:
+        """Refuse a state that is not this model's."""
+        state.check_like(self.initial_state(x))
+        m, batch = self.config.num_memory_tokens, state.batch_size
+        position = state.layers[0].position
+        check_position(position, batch, m + self.config.segment_length)
+        # Open segments have read their memory and a token at least.
+        if not bool(((per_row(position, batch) == 0) | (per_row(position, batch) > m)).all()):
+            raise ValueError(
+                f"the state's position {position} lies in its {m} rows of memory: {ANOTHER}"
+            )
 
     def _closed(self, memory: Tensor) -> RMTState:
         """Before the first token of a segment with this memory [B, m, D]."""

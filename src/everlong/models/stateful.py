@@ -17,7 +17,7 @@ from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.ops.documents import Documents
-from everlong.ops.state import State
+from everlong.ops.state import State, check_kind
 
 Own = TypeVar("Own", bound=State)
 Module = TypeVar("Module", bound=nn.Module)
@@ -57,10 +57,7 @@ def begin(
     [B] (on the CPU) holds. Raises ValueError for a state of another kind."""
     if state is None:
         return initial(x).expand(x.shape[0])
-    if not isinstance(state, kind):
-        raise ValueError(
-            f"wanted is a {kind.__name__}, got a {type(state).__name__}: it belongs to another model"
-        )
+    check_kind("kind", state, kind)
     if fresh is not None and bool(fresh.any()):
         return state.restart(fresh, initial(x).expand(x.shape[0]))
     return state
@@ -307,6 +304,7 @@ class StatefulDecoder:
                 f"the cache has {len(cache.layers)} states but the model {self.num_states}: it belongs "
                 "to another model"
             )
+        cache.check_states()
         if cache.batch_size not in (-1, batch):
             raise ValueError(
                 f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "

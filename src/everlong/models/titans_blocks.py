@@ -26,7 +26,15 @@ from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import BlockOutput, begin, join_pieces
 from everlong.ops import NeuralMemoryState, sigmoid_gate
 from everlong.ops.documents import Cuts
-from everlong.ops.state import State, choose
+from everlong.ops.state import (
+    ANOTHER,
+    PerRow,
+    State,
+    check_same_place,
+    check_tensor,
+    check_tuple,
+    choose,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,17 @@ class MemoryAndAttentionState(State):
 
     memory: NeuralMemoryState
     attention: AttentionState
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        self.check_part("memory", NeuralMemoryState)
+        self.check_part("attention", AttentionState)
+        check_same_place(self.memory.place, self.attention.place)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """The attention's."""
+        return self.attention.place
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,27 @@ class MACState(State):
     weights: tuple[Tensor, ...]
     read_tail: Tensor | None
 
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other."""
+        self.check_part("memory", NeuralMemoryState)
+        self.check_part("attention", AttentionState)
+        # A segment is whole chunks.
+        check_same_place(self.memory.place, self.attention.place)
+        like, tail = self.memory.weights, self.memory.conv_tail
+        check_tuple("weights", self.weights, len(like))
+        for i, (x, weight) in enumerate(zip(self.weights, like, strict=True)):
+            check_tensor(f"weights.{i}", x, tuple(weight.shape), weight.device, weight.dtype)
+        if (tail is None) != (self.read_tail is None):
+            raise ValueError(f"the state has one of conv_tail and read_tail alone: {ANOTHER}")
+        if tail is not None:  # that of q, k and v together
+            shape = (*tail.shape[:2], tail.shape[2] // 3)
+            check_tensor("read_tail", self.read_tail, shape, tail.device)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """The memory's."""
+        return self.memory.place
+
 
 register_dataclass(MemoryAndAttentionState)
 register_dataclass(MACState)
@@ -56,6 +96,7 @@ class Block(nn.Module):
     """Base of the blocks; a block is built from a `TitansConfig`."""
 
     state_type: type[State]
+    num_persistent = 0
 
     def initial_state(self, like: Tensor) -> State:
         """The state of one row before its first token, the persistent rows read.
@@ -77,8 +118,20 @@ class Block(nn.Module):
         rows that start a document in spite of the state."""
         begun = begin(x, state, self.state_type, self.initial_state, fresh)
         if state is not None:
+            self._check_state(begun)
             begun = self._with_parameters(x, begun)
         return self.mix(x, begun, lengths, trace)
+
+    def _check_state(self, state: Any) -> None:
+        """Refuse a state of another number of persistent rows."""
+        attention = state if isinstance(state, AttentionState) else getattr(state, "attention", None)
+        if attention is None:
+            return
+        held = 0 if attention.prefix is None else attention.prefix[0].shape[2]
+        if held != self.num_persistent:
+            raise ValueError(
+                f"the state's prefix has {held} rows but the block {self.num_persistent}: {ANOTHER}"
+            )
 
     def _with_parameters(self, x: Tensor, state: Any) -> Any:
         """The state with what it holds of the parameters as they are now, where gradients are wanted.
@@ -142,7 +195,7 @@ class MemoryBlock(Block):
             norm_eps=config.rms_norm_eps,
         )
         self.memory.read_only = config.memory_read_only
-        rows = config.num_persistent_tokens
+        rows = self.num_persistent = config.num_persistent_tokens
         # As large as the normed rows they stand before.
         self.persistent = Weight(rows, config.hidden_size, start=nn.init.normal_) if rows else None
 
@@ -265,6 +318,10 @@ class MAC(MemoryBlock):
                 state = outputs[-1].state
         whole = join_pieces(outputs, cuts.join)
         return whole._replace(state=replace(whole.state, read_tail=tail))
+
+    def _check_state(self, state: Any) -> None:
+        super()._check_state(state)
+        self.attention.check_place(state.attention)  # before the text is cut by it
 
     def _read_segment(
         self, rows: list[Tensor], state: MACState, lengths: Tensor | None, trace: bool

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from everlong.ops.decay import Gates, chunk_coefficients
-from everlong.ops.state import PerRow, State, per_row
+from everlong.ops.state import PerRow, State, check_position, check_tensor, check_tuple, per_row
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,44 @@ class NeuralMemoryState(State):
             conv_tail=None,
             position=0,
         )
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other; weights and C say how."""
+        check_tuple("weights", self.weights)
+        for i, weight in enumerate(self.weights):
+            check_tensor(f"weights.{i}", weight, (None,) * 4)
+        check_tensor("theta", self.theta, (None,) * 4)
+        (batch, heads, size), chunk = self.weights[0].shape[:3], self.chunk_size
+        if self.dtype not in (torch.float32, torch.float64) or not (size and chunk):
+            raise ValueError(
+                "a state's memory is of float32 or float64, of size 1 or more, and has room for a "
+                f"token: got {self.dtype}, size {size} and room for {chunk}"
+            )
+        check = partial(check_tensor, device=self.device, dtype=self.dtype)
+        widths = [size, *(weight.shape[3] for weight in self.weights[:-1]), size]
+        shapes: dict[str, list[tuple[int, int]]] = {
+            "weights": list(pairwise(widths)),
+            "momentum": list(pairwise(widths)),
+            "inputs": [(chunk, width) for width in widths[:-1]],
+            "errors": [(chunk, width) for width in widths[1:]],
+        }
+        if self.momentum is None and self.log_eta is None:
+            del shapes["momentum"]
+        for name, wanted in shapes.items():
+            check_tuple(name, getattr(self, name), len(wanted))
+            for i, (x, shape) in enumerate(zip(getattr(self, name), wanted, strict=True)):
+                check(f"{name}.{i}", x, (batch, heads, *shape))
+        for name, gate in zip(Gates._fields, self.gates, strict=True):
+            if gate is not None or (name == "log_eta" and self.momentum is not None):
+                check(name, gate, (batch, heads, len(self.weights), chunk))
+        if self.conv_tail is not None:
+            check_tensor("conv_tail", self.conv_tail, (batch, None, None), self.device)
+        check_position(self.position, batch, chunk)
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """Tokens so far, modulo a chunk."""
+        return self.position, self.chunk_size
 
     @property
     def gates(self) -> Gates:

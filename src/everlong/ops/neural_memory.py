@@ -348,6 +348,7 @@ def _check(
     lengths: Tensor | None,
 ) -> None:
     """Refuse what does not fit, before any work."""
+    state.check()
     layers = len(state.weights)
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(

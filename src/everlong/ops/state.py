@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "everlong.state.1"
+ANOTHER = "it is damaged, or belongs to another layer or model"
 PerRow = int | Tensor
 Own = TypeVar("Own", bound="State")
 
@@ -23,6 +24,72 @@ Own = TypeVar("Own", bound="State")
 def per_row(number: PerRow, batch: int) -> Tensor:
     """As [B] integers on the CPU."""
     return number if isinstance(number, Tensor) else torch.full((batch,), number)
+
+
+def check_tensor(
+    name: str,
+    x: Any,
+    shape: tuple[int | None, ...],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError unless x is a tensor of this shape (None: any size), on this device and of this
+    type (None: of any floating point one)."""
+    if isinstance(x, Tensor) and len(x.shape) == len(shape):
+        sizes = x.shape == shape or all(
+            want in (None, got) for got, want in zip(x.shape, shape, strict=True)
+        )
+        kind = x.dtype == dtype or (dtype is None and x.dtype.is_floating_point)
+        if sizes and kind and (device is None or x.device == device):
+            return
+    got = type(x).__name__
+    if isinstance(x, Tensor):
+        got = f"{list(x.shape)} of {x.dtype} on {x.device}"
+    want = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(
+        f"the state's {name} must be [{want}] of {dtype or 'floating point numbers'} on "
+        f"{device or 'any device'}, got {got}: {ANOTHER}"
+    )
+
+
+def check_position(position: Any, batch: int, below: int | None = None) -> None:
+    """Raise ValueError unless it is a number for each row, at least 0 (and below `below`)."""
+    if isinstance(position, Tensor):
+        if torch.compiler.is_compiling():  # what it holds is not known before it runs
+            return
+        whole = not position.dtype.is_floating_point and not position.dtype.is_complex
+        right = whole and position.dtype != torch.bool and position.shape == (batch,)
+        right = right and position.device.type == "cpu"
+        least, most = map(int, position.aminmax()) if right and batch else (0, 0)
+    else:
+        right = isinstance(position, int) and not isinstance(position, bool)
+        least = most = position if right else 0
+    if not right or least < 0 or (below is not None and most >= below):
+        bound = "at least 0" if below is None else f"in 0 ... {below - 1}"
+        raise ValueError(
+            f"the state's position must be an integer {bound}, or [{batch}] of them on the CPU, got "
+            f"{position!r}: {ANOTHER}"
+        )
+
+
+def check_same_place(*places: tuple[PerRow, int | None]) -> None:
+    """Raise ValueError unless `State.place`s agree, row by row."""
+    whole = next((position for position, period in places if period is None), None)
+    for position, period in places:
+        same = next(p for p, other in places if other == period)
+        if whole is not None and period is not None:
+            same = whole % period
+        if isinstance(same, int) and isinstance(position, int):
+            right = same == position
+        elif torch.compiler.is_compiling():  # what they hold is not known before they run
+            continue
+        else:
+            right = bool((torch.as_tensor(same) == position).all())
+        if not right:
+            raise ValueError(
+                f"parts of the state, or layers of the model, have read {places} tokens (mod a chunk), "
+                f"not the same number: {ANOTHER}"
+            )
 
 
 def agreed(numbers: PerRow) -> PerRow:
@@ -44,6 +111,44 @@ class State:
 
     def __init_subclass__(cls) -> None:
         State.kinds[cls.__name__] = cls
+        cls.__repr__ = State.__repr__  # type: ignore[method-assign]  # a dataclass would print tensors
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} rows, {format_bytes(self.nbytes)})"
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not fit each other. Nothing else is read before it: a
+        state may come from a file, and a kernel believes what it is given.
+        """
+        raise NotImplementedError
+
+    def check_part(self, name: str, kind: type["State"]) -> None:
+        """Raise ValueError unless the field of this name is a state of this kind that is right in
+        itself and has as many rows."""
+        part = getattr(self, name)
+        check_kind(name, part, kind)
+        part.check()
+        if part.batch_size != self.batch_size:
+            raise ValueError(
+                f"the state's {name} has {part.batch_size} rows, the rest {self.batch_size}: {ANOTHER}"
+            )
+
+    @property
+    def place(self) -> tuple[PerRow, int | None]:
+        """Tokens of the document so far, modulo the second number (None: all of them)."""
+        raise NotImplementedError
+
+    def check_like(self: Own, initial: Own) -> None:
+        """Raise ValueError where this state, right in itself, has other parts or sizes than `initial`,
+        of any batch."""
+        for field in fields(self):
+            if field.name != "position":
+                _check_like(field.name, getattr(self, field.name), getattr(initial, field.name))
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors hold, in bytes."""
+        return sum(x.nbytes for x in self.tensors().values())
 
     @property
     def batch_size(self) -> int:
@@ -140,6 +245,49 @@ class State:
         return state.to(device)
 
 
+def _check_like(name: str, value: Any, initial: Any) -> None:
+    if isinstance(initial, State):
+        check_kind(name, value, type(initial))
+        value.check_like(initial)
+    elif isinstance(initial, tuple):
+        check_tuple(name, value, len(initial))
+        for i, pair in enumerate(zip(value, initial, strict=True)):
+            _check_like(f"{name}.{i}", *pair)
+    elif isinstance(initial, Tensor):
+        check_tensor(name, value, (None, *initial.shape[1:]))
+    elif (value is None) != (initial is None):
+        raise ValueError(
+            f"the state has {'no ' if value is None else ''}{name}, and should "
+            f"{'not' if initial is None else 'have'}: {ANOTHER}"
+        )
+
+
+def check_tuple(name: str, value: Any, length: int | None = None) -> None:
+    """Raise ValueError unless the field of this name is a tuple of so many (None: of one or more)."""
+    if not isinstance(value, tuple) or not value or length not in (None, len(value)):
+        got = f"one of {len(value)}" if isinstance(value, tuple) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the state's {name} must be a tuple of {length or 'tensors'}, got {got}: {ANOTHER}"
+        )
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless the field of this name is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"the state's {name} must be a {kind.__name__}, got a {type(value).__name__}: {ANOTHER}"
+        )
+
+
+def format_bytes(count: float) -> str:
+    """As a person reads it: 512 bytes, 1.5 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.4g} {unit}"
+
+
 def choose(rows: Tensor, left: Any, right: Any) -> Any:
     """What `left` holds in the rows where `rows` [B] is true, and `right` elsewhere: tensors, tuples of
     them, states, or None."""
@@ -192,7 +340,8 @@ def save_states(states: Any, path: str | Path) -> None:
 def load_states(path: str | Path) -> Any:
     """Read what `save_states` wrote.
 
-    Raises FileNotFoundError, or ValueError when the file is damaged or holds something else.
+    Raises FileNotFoundError, or ValueError when the file is damaged or holds something else. Every
+    state in it is checked in itself; the call that takes it checks whether it is the layer's own.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no memory state at {path}")
@@ -209,7 +358,7 @@ def load_states(path: str | Path) -> Any:
         raise ValueError(f"{path} holds no state of format {FORMAT!r} (its metadata: {metadata})")
     try:
         return _rebuild(json.loads(metadata["tree"]), named, path)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its tensors and their description differ") from error
 
 
@@ -242,4 +391,6 @@ def _rebuild(tree: Any, named: dict[str, Tensor], path: str | Path) -> Any:
     if tree["state"] not in State.kinds:
         raise ValueError(f"{path} holds a {tree['state']}, which is no state of everlong")
     parts = {n: _rebuild(part, named, path) for n, part in tree["fields"].items()}
-    return State.kinds[tree["state"]](**parts)
+    state = State.kinds[tree["state"]](**parts)
+    state.check()
+    return state
