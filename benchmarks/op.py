@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = begin("op", made, arguments)
     options.record["gate"] = check_op(options.device)
-    names = options.backends or backends()
+    names = options.backends or backends(options.device)
     options.record["sweeps"] = found = {}
     wanted = options.sweeps or list(SWEEPS[options.size])
     for sweep in wanted:

@@ -1,5 +1,6 @@
 """What the laws are tried on: a new model or layer joins by one line in SUBJECTS."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from everlong import NeuralMemory, TitansConfig, TitansForCausalLM
 from everlong.models import LM2Config, LM2ForCausalLM, RMTConfig, RMTForCausalLM
 
+DEVICE = os.environ.get("EVERLONG_DEVICE", "cpu")  # where the laws are tried
 VOCABULARY = 11
 CHUNK = 4  # chunk of every memory below
 WINDOW = 6  # window of every sliding attention below
@@ -31,7 +33,7 @@ class Subject:
     def make(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The module, the same each time, with parameters away from their symmetric start."""
         torch.manual_seed(0)
-        module = self.build().to(dtype)
+        module = self.build().to(DEVICE, dtype)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -43,8 +45,9 @@ class Subject:
         """Token ids for a model, rows for a layer."""
         generator = torch.Generator().manual_seed(seed)
         if self.is_model:
-            return torch.randint(VOCABULARY, (batch, tokens), generator=generator)
-        return torch.randn(batch, tokens, 8, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randint(VOCABULARY, (batch, tokens), generator=generator).to(DEVICE)
+        x = torch.randn(batch, tokens, 8, generator=generator, dtype=torch.float64)
+        return x.to(DEVICE, dtype)
 
     def changed(self, x: torch.Tensor, at: int) -> torch.Tensor:
         """x with another token at one place."""

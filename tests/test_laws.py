@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from everlong import NeuralMemory, NeuralMemoryState
 from numerics import assert_close
-from subjects import CHUNK, LONG, SUBJECTS, VOCABULARY, WINDOW
+from subjects import CHUNK, DEVICE, LONG, SUBJECTS, VOCABULARY, WINDOW
 
 TOKENS = 3 * CHUNK + WINDOW + 3  # several chunks and windows, and a rest of neither
 EVERY = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
@@ -68,7 +68,7 @@ def test_law_3_single_tokens(subject):
 def test_law_3_gradients_cross_calls(subject):
     """The gradient through a carried state is the gradient of one call."""
     module, x = subject.make(), subject.inputs(1, TOKENS)
-    weights = torch.randn(subject.read(module, x)[0].shape, dtype=torch.float64)
+    weights = torch.randn(subject.read(module, x)[0].shape, dtype=torch.float64).to(DEVICE)
     grads = []
     for cuts in ([TOKENS], [CHUNK + 1, 1, TOKENS - CHUNK - 2]):
         state, pieces = None, []
@@ -187,7 +187,7 @@ def test_law_7_assisted_decoding_is_refused(subject):
 def test_law_8_reach(subject):
     """After several chunks every parameter has a gradient, from a fresh start."""
     torch.manual_seed(0)
-    module = subject.build()
+    module = subject.build().to(DEVICE)
     x = subject.inputs(2, TOKENS, dtype=torch.float32)
     if subject.is_model:
         loss = module(x, labels=x).loss
@@ -211,7 +211,11 @@ def read_on(subject, module, tokens, dtype, piece=1000):
             x = subject.inputs(1, piece, seed=start)
             if not subject.is_model:
                 # Every magnitude up to 1e4, and stretches of one repeated row.
-                x = x * 10 ** torch.linspace(-4, 4, piece, dtype=torch.float64)[None, :, None]
+                x = (
+                    x
+                    * 10
+                    ** torch.linspace(-4, 4, piece, dtype=torch.float64, device=DEVICE)[None, :, None]
+                )
                 x = (x.clamp(-1e4, 1e4) if start % 2000 else x[:, :1].expand_as(x) * 1e4).to(dtype)
             y, state = subject.read(module, x, state)
             assert y.isfinite().all(), f"outputs after {start + piece} tokens"
@@ -249,7 +253,7 @@ def test_law_10_round_trip(subject, tmp_path):
         _, state = subject.read(module, x[:, :7])
         want, _ = subject.read(module, x[:, 7:], copy.deepcopy(state))
     module.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).to(DEVICE)
     with torch.no_grad():
         got, _ = subject.read(loaded, x[:, 7:], state)
     assert torch.equal(got, want)
