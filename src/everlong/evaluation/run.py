@@ -209,11 +209,11 @@ def _jobs(
 
 
 def length_name(length: int) -> str:
-    """512 -> "512", 2048 -> "2K", 1048576 -> "1M"; 0 -> "0K"."""
+    """512 -> "512", 2048 -> "2K", 1048576 -> "1M", 10000000 -> "10,000,000"; 0 -> "0K"."""
     for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
         if length >= unit and length % unit == 0:
             return f"{length // unit}{name}"
-    return "0K" if length == 0 else str(length)
+    return "0K" if length == 0 else f"{length:,}"
 
 
 def _peak_memory() -> float | None:

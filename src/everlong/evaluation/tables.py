@@ -351,7 +351,8 @@ def number(value: float, metric: Metric, samples: int = 0) -> str:
         return MISSING
     if metric.is_share:
         return f"{100 * value:.{int(samples >= MANY_SAMPLES)}f}"
-    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+    # 0 is added to make 0 of -0.
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value + 0:#.4g}"
 
 
 def anchor(name: str) -> str:
