@@ -1,7 +1,6 @@
 """Measures whether a picture can be read: what of its words is cut off or overprinted."""
 
-import itertools
-
+import numpy as np
 from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
@@ -12,15 +11,17 @@ SLACK = 2  # pixels of 150 an inch; a font's box is larger than its letters
 def faults(figure):
     """What a reader of the figure misses: words outside it, and words that lie on others."""
     figure.canvas.draw()
-    size = figure.bbox
+    size, found = figure.bbox, []
     words = [(text.get_text(), _box(text, figure)) for text in shown_words(figure)]
-    found = []
-    for text, box in words:
-        (left, bottom), (right, top) = box.vertices.min(0), box.vertices.max(0)
-        if left < -SLACK or bottom < -SLACK or right > size.width + SLACK or top > size.height + SLACK:
+    ends = [(box.vertices.min(0), box.vertices.max(0)) for _, box in words]
+    for (text, _), (low, high) in zip(words, ends, strict=True):
+        if min(low) < -SLACK or high[0] > size.width + SLACK or high[1] > size.height + SLACK:
             found.append(f"outside: {text!r}")
-    for (one, first), (other, second) in itertools.combinations(words, 2):
-        if first.intersects_path(second, filled=True):
+    lows, highs = (np.array(each) for each in zip(*ends, strict=True))
+    near = (lows[:, None] < highs).all(-1) & (lows < highs[:, None]).all(-1)
+    for i, j in np.argwhere(np.triu(near, 1)):
+        (one, first), (other, second) = words[i], words[j]
+        if first.intersects_path(second):
             found.append(f"overprinted: {one!r} and {other!r}")
     return found
 

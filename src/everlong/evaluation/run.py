@@ -159,7 +159,9 @@ def evaluate(
                     subject = replace(load_subject(model, **options), info=outline.info)
                     subject.on_tokens = bar.advance
                 mine = missing[state.process_index :: state.num_processes]
-                bar.begin(f"{short_name(outline.info.name)} · {_name(job)}", job.cost(outline, len(mine)))
+                bar.begin(
+                    f"{short_name(outline.info.name)} · {_name(job)}", job.cost(outline, len(mine))
+                )
                 if mine:
                     assert subject is not None
                     for record in job.task.run(subject, job.length, mine, job.count):
