@@ -195,6 +195,22 @@ def test_the_terminal_shows_every_number(capsys):
     assert "[red]a[/]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", [{"count": 9}, {"count": 9, "long_names": True}, {"count": 1}])
+def test_no_number_is_folded_on_a_narrow_terminal(asked, capsys):
+    results = fake_results(seeds=1, **asked)
+    print_tables(results, Console(width=80))
+    text = capsys.readouterr().out
+    for chapter in chapters(results):
+        for table in [
+            *chapter.tables,
+            *(t for task in chapter.tasks for t in task_tables(results, task)),
+        ]:
+            if chapter.is_family and table not in chapter.tables:
+                continue
+            for cell in {cell for row in rows(table) for cell in row[1:]}:
+                assert cell in text
+
+
 def test_markdown_survives_bars_in_names():
     results = results_of([model("a|b")], [needle("a|b", 512, 5)])
     assert "| a\\|b | 5 (2-11) |" in to_markdown(results, [])

@@ -434,6 +434,13 @@ def _cell(column: Column, models: Sequence[ModelInfo]) -> str:
     return text
 
 
+def chosen(table: Table, columns: Sequence[int]) -> Table:
+    """The table with its left columns and these."""
+    places = [*range(table.left), *columns]
+    blocks = [(name, [[row[i] for i in places] for row in rows]) for name, rows in table.blocks]
+    return replace(table, head=[table.head[i] for i in places], blocks=blocks)
+
+
 def turned(table: Table) -> Table:
     """The table with columns as rows, in each block; one whose left columns are several stays."""
     if table.left > 1:
