@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -208,9 +208,9 @@ def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
     data = recipe.get("data", {})
     if "length" not in data:
         return None
-    steps = steps or recipe.get("training", {}).get("max_steps") or math.inf
+    seen = steps or recipe.get("training", {}).get("max_steps") or sys.maxsize
     names = [each.name for each in dataclasses.fields(DataConfig) if each.name in data]
-    return DataConfig(**{name: data[name] for name in names}).length_at(steps - 1)
+    return DataConfig(**{name: data[name] for name in names}).length_at(seen - 1)
 
 
 def _steps_of(folder: Path) -> int | None:
