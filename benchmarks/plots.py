@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import MIB, OURS
-from everlong.pictures import COLOURS, look, name_lines, new_panels, save_figure
+from everlong.pictures import COLOURS, NUMBER, look, name_lines, name_ticks, new_panels, save_figure
 from streaming import KEPT, parts
 
 Record = Mapping[str, Any]
@@ -142,11 +142,12 @@ def op(record: Record) -> Any:
             label = f"{backend}, {'forward + backward' if trains else 'forward'}"
             each.plot(*zip(*points, strict=True), label=label, **look(i))
         values = sorted({row["case"][name] for row in rows})
-        logarithmic(each, values)
+        each.set_xscale("log", base=2)
         each.set_ylim(bottom=0)
         each.grid(axis="y", alpha=0.25)
         each.set_xlabel({"tokens": "tokens", "head_dim": "size of a head"}.get(name, name))
         each.set_ylabel("% of the products' rate")
+        name_ticks(each, {value: short(value) for value in values})
     axes[0].legend(fontsize=7)
     return figure
 
@@ -185,32 +186,21 @@ def curves(
         low, middle, high = ([each[key] for each in spreads] for key in ("min", "median", "max"))
         axes[0].plot(x, middle, **look(i))
         axes[0].fill_between(x, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
-        ends.append((x[-1], middle[-1], name, look(i)))
-    logarithmic(axes[0], sorted({x for points in found.values() for x, _ in points}))
+        ends.append((middle[-1], name, look(i)))
+    axes[0].set_xscale("log", base=2)
     if vertical == "log":
         axes[0].set_yscale("log", base=2)
+        axes[0].yaxis.set_major_formatter(NUMBER)
         axes[0].minorticks_off()
     else:
         axes[0].set_ylim(bottom=0)
-    axes[0].yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
     axes[0].grid(axis="y", alpha=0.25)
     axes[0].set_xlabel(across)
     axes[0].set_ylabel(up)
-    figure.canvas.draw()
-    name_lines(axes[0], [(axes[0].get_xlim()[1], *end[1:]) for end in ends])
+    figure.draw_without_rendering()
+    name_lines(axes[0], ends)
+    name_ticks(axes[0], {x: short(x) for points in found.values() for x, _ in points})
     return figure
-
-
-def logarithmic(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with ticks at these values, as far as there is room."""
-    axes.set_xscale("log", base=2)
-    wide = (max(values) / min(values)) ** (1 / 14)  # a label's share of the axis
-    told: list[float] = []
-    for value in sorted(values):
-        if not told or value > told[-1] * wide:
-            told.append(value)
-    axes.set_xticks(told, [short(value) for value in told])
-    axes.minorticks_off()
 
 
 def short(value: float) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from everlong.models.sizes import count_parameters
+from legible import faults
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
@@ -229,6 +230,18 @@ def test_measure_draw_and_sum_up(suite, quick, tmp_path, monkeypatch, capsys):
     names = [path.stem.removeprefix("performance-") for path in pictures]
     assert names == ["layer", "op", "training", "lengths", "decode"]
     assert all(path.stat().st_size > 10_000 for path in pictures)
+    for benchmark, make in suite.plots.PICTURES.values():
+        if (figure := make(records[benchmark]) if records[benchmark] else None) is not None:
+            assert faults(figure) == []
+
+
+@pytest.mark.parametrize("name", ["layer", "op", "training", "lengths", "decode", "streaming"])
+def test_pictures_of_the_kept_records_can_be_read(suite, name):
+    benchmark, make = suite.plots.PICTURES[name]
+    figure = make(suite.common.load(benchmark, BENCHMARKS / "results"))
+    assert faults(figure) == []
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert not any("$" in label for label in labels)  # powers are no numbers to read
 
 
 def test_streaming_sums_up_blocks(suite, tmp_path):

@@ -57,14 +57,14 @@ def test_train_eval_and_generate(tiny_recipe, tmp_path, capsys):
 
     arguments = ["eval", folder, folder / "checkpoint-4", "--lengths", "96,128", "--samples", "3"]
     assert main([str(each) for each in [*arguments, "--out", out]]) == 0
-    assert "tiny-titans" in capsys.readouterr().out
+    assert "titans lmm+sliding attention" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert [each["length"] for each in results["cells"]] == [96, 128] * 2
     assert "everlong eval" in results["settings"]["command"]
     assert results["models"][0]["training_length"] == 96
     table = (out / "results.md").read_text()
-    assert "| tiny-titans |" in table
-    assert "| tiny-titans checkpoint-4 |" in table
+    assert "| titans lmm+sliding attention |" in table
+    assert "| titans lmm+sliding attention checkpoint-4 |" in table
     assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(["generate", str(folder), "--prompt", "The king", "--max_new_tokens", "5"]) == 0

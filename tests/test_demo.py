@@ -24,11 +24,11 @@ def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, 
     assert "what training cost" in text
     assert "whole answers right" in text
     results = json.loads((out / "results.json").read_text())
-    assert [model["name"] for model in results["models"]] == ["tiny-titans", "tiny-llama"]
+    assert [model["name"] for model in results["models"]] == ["titans lmm+sliding attention", "llama"]
     assert [model["seed"] for model in results["models"]] == [0, 0]
     assert results["models"][0]["about"]["tokens"] == 6 * 2 * 96
     assert set(results["settings"]["phases"]) == {
-        f"{phase} tiny-{model}" for phase in ("train", "evaluate") for model in ("titans", "llama")
+        f"{phase} {model['name']}" for phase in ("train", "evaluate") for model in results["models"]
     }
     assert results["provenance"]["date"]
     for file in ("needle.png", "results.md", "report.html"):

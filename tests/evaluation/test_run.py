@@ -3,11 +3,13 @@
 import contextlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from everlong.data import byte_tokenizer
@@ -22,7 +24,7 @@ from everlong.evaluation import (
     parse_length,
 )
 from everlong.evaluation.haystack import HaystackTask
-from everlong.evaluation.loading import fingerprint, load_model
+from everlong.evaluation.loading import fingerprint, load_model, load_outline, name_apart
 from everlong.evaluation.store import Samples
 from everlong.models import model_config
 
@@ -100,6 +102,49 @@ def test_another_model_in_the_folder_is_asked_anew(model, tasks, tmp_path):
     evaluate([model], tasks, [128], 3, out)
     evaluate([model], tasks, [128], 4, out)  # its needles stand elsewhere
     assert len(list((out / "samples" / "model").glob("*.jsonl"))) == 3
+
+
+def test_models_are_told_apart_by_what_they_are(model, tmp_path):
+    """Two kinds of models under one recipe's name, and two seeds of one of them."""
+    kinds = {"a": ["lmm", "lmm"], "b": ["mac", "mac"], "c": ["mac", "mac"], "d": ["mac", "mac"]}
+    for seed, (name, layers) in enumerate(kinds.items()):
+        shutil.copytree(model, tmp_path / name)
+        recipe = {"name": "one", "model": {"type": "titans", "layer_types": layers}}
+        recipe |= {"seed": seed, "data": {"length": 512 if name != "d" else 96}}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    infos = [load_outline(tmp_path / name).info for name in kinds]
+    assert [each.label for each in name_apart(infos[:2])] == ["titans lmm", "titans mac"]
+    assert [each.name for each in name_apart(infos[1:3])] == [
+        "titans mac, seed 1",
+        "titans mac, seed 2",
+    ]
+    assert [each.name for each in name_apart(infos[2:])] == [
+        f"titans mac {tmp_path / 'c'}",
+        f"titans mac {tmp_path / 'd'}",
+    ]
+    assert infos[0].about["recipe"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("steps", "length"),
+    [(None, 512), (100, 96), (300, 96), (301, 96), (425, 224), (551, 512), (9000, 512)],
+)
+def test_the_training_length_is_the_longest_that_was_seen(model, steps, length, tmp_path):
+    """Of the curriculum 96 ... 512 after so many steps; in a run's folder and in its checkpoint's."""
+    data = {"length": 512, "start_length": 96, "hold_steps": 300, "growth_steps": 250}
+    recipe = {"name": "one", "data": {"task": "needle", **data}, "training": {"max_steps": 800}}
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoint"):
+        shutil.copytree(model, place)
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for file in ("recipe.yaml", "result.json"):
+        (tmp_path / "run" / "checkpoint" / file).unlink(missing_ok=True)
+    (tmp_path / "run" / "result.json").unlink(missing_ok=True)
+    if steps is not None:
+        (tmp_path / "run" / "result.json").write_text(json.dumps({"steps": steps}))
+        state = tmp_path / "run" / "checkpoint" / "trainer_state.json"
+        state.write_text(json.dumps({"global_step": steps}))
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoint"):
+        assert load_outline(place).info.training_length == length
 
 
 @pytest.mark.parametrize("name", ["needle", "babilong_qa1", "niah_single_2", "perplexity", "context"])
@@ -231,7 +276,7 @@ def test_lengths():
         "512",
         "2K",
         "1M",
-        "1500",
+        "1,500",
     ]
     for wrong in ("", "k", "1g", "-5", "1.5k"):
         with pytest.raises(ValueError, match="lengths are token numbers"):

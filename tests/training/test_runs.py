@@ -1,6 +1,8 @@
 """Runs listed, compared and drawn."""
 
 import json
+import math
+import re
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from rich.console import Console
 from everlong.cli import main
 from everlong.training import load_recipe, train
 from everlong.training.runs import Run, find_runs, plot_losses, print_differences, print_runs
+from legible import faults
 
 
 @pytest.fixture
@@ -62,6 +65,94 @@ def test_only_what_differs_is_compared(runs):
     assert "seed" in text
     assert "hidden_size" not in text
     assert "the recipes are the same" in shown(print_differences, runs[:1])
+
+
+def many_runs(folder, losses, models=None, name="needle-lmm"):
+    """Runs of nine models under one recipe's name, with these losses, in folders with long names."""
+    runs = []
+    for i, model in enumerate(models or MODELS):
+        place = folder / f"runs-of-november/a-recipe-with-a-long-name-{i}"
+        place.mkdir(parents=True)
+        training = {"per_device_train_batch_size": 2 + i, "learning_rate": 0.1 * 3 / (1 + i)}
+        recipe = {"model": model, "training": training, "name": name}
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        lines = [
+            {"step": 20_000 * (j + 1), "loss": loss + i / 100, "tokens": 10**9}
+            for j, loss in enumerate(losses)
+        ]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(Run(place))
+    return runs
+
+
+MODELS = [
+    *({"type": "titans", "layer_types": [kind] * 2} for kind in ("lmm", "mac", "mag", "mal")),
+    *({"type": kind} for kind in ("lm2", "llama", "mamba2")),
+    {"preset": "titans-mac-340m"},
+    {"type": "lm2", "path": "HuggingFaceTB/SmolLM2-135M"},
+]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn last."""
+    kept = []
+    monkeypatch.setattr("everlong.training.runs.save_figure", lambda figure, path: kept.append(figure))
+    return kept
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [5.5, 3.1, 1.2],
+        [5.5, 0.4, 0.03],
+        [5.5, 1e-3, 1e-9],
+        [2.3],
+        [2.301, 2.3005, 2.3],
+        [2e6, 1e6, 9e5],
+        [math.nan, 2.0, 1.0],
+    ],
+)
+def test_losses_of_any_size_can_be_read(losses, tmp_path, figures):
+    assert plot_losses(tmp_path / "losses.png", many_runs(tmp_path, losses))
+    assert faults(figures[0]) == []
+    low, high = sorted(figures[0].axes[0].get_ylim())
+    ticks = figures[0].axes[0].get_yticks()
+    assert sum(low <= tick <= high for tick in ticks) >= 3
+    shown = [line for line in figures[0].axes[0].lines if line.get_linewidth() > 1]
+    assert all(line.get_marker() or len(line.get_xdata()) > 1 for line in shown)
+
+
+def test_legends_name_models_and_folders_where_those_are_alike(tmp_path, figures):
+    plot_losses(tmp_path / "a.png", many_runs(tmp_path / "a", [3.0, 2.0]))
+    names = {text.get_text() for text in figures[0].axes[0].get_legend().get_texts()}
+    assert {"titans lmm", "titans mac", "llama", "titans-mac-340m"} <= names
+    assert "lm2 from SmolLM2-135M" in names
+    twins = many_runs(tmp_path / "b", [3.0, 2.0], [{"type": "lm2"}] * 2)
+    plot_losses(tmp_path / "b.png", twins)
+    names = [text.get_text() for text in figures[1].axes[0].get_legend().get_texts()]
+    assert [name[:6] + name[-2:] for name in names] == ["lm2, /-1", "lm2, /-0"]
+    plot_losses(tmp_path / "c.png", many_runs(tmp_path / "c", [3.0, 2.0], MODELS * 5))
+    assert faults(figures[2]) == []
+
+
+def test_many_runs_are_compared_on_a_narrow_terminal(tmp_path, monkeypatch):
+    runs = many_runs(tmp_path, [3.0])
+    monkeypatch.chdir(tmp_path)
+    runs = [Run(run.folder.relative_to(tmp_path)) for run in runs]
+    narrow = Console(width=80, record=True)
+    print_differences(runs, narrow)
+    text = narrow.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "training.per_device_train_batch_size" in text
+    assert all(run.folder.name in text for run in runs)  # whole, none of it on another line
+    assert not re.search(r"\d{9}", text)
+    assert "0.0333333" in text
+
+
+def test_values_that_differ_late_are_told_in_full(tmp_path):
+    runs = many_runs(tmp_path, [3.0], [{"type": "lm2", "rms_norm_eps": e} for e in (0.1, 0.1 + 1e-9)])
+    assert "0.100000001" in shown(print_differences, runs)
 
 
 def test_losses_are_drawn_and_nothing_is_drawn_of_nothing(runs, tmp_path):

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from everlong.data import BabilongConfig
+from everlong.data.babi_story import Story
 from everlong.data.babilong import TASKS, BabilongDataset
 from everlong.data.config import digest
 from everlong.data.corpus import cache_home
@@ -69,12 +70,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt [T] and what belongs to it."""
+    """A prompt [T] and what belongs to it. evidence: the facts that the answer rests on, if known."""
 
     prompt: np.ndarray
     question: str
     wanted: str
     depth: float | None
+    evidence: str | None
 
 
 class BabilongTask(Task):
@@ -180,6 +182,7 @@ class BabilongTask(Task):
                 "seconds": time.each,
                 "depth": asked.depth,
                 "prompt": subject.decode(asked.prompt[-100:].tolist()),
+                "evidence": asked.evidence,
                 "wanted": asked.wanted,
                 "answer": answer,
             }
@@ -201,7 +204,7 @@ class BabilongTask(Task):
         if length == 0:
             text, story, depth = data.context(index, 0)
             around = self.around(subject, story.question)
-            return _asked(around, text, story.question, story.answer, depth)
+            return _asked(around, text, story, depth)
         reserve = self.answer_limits(subject)[0]
         # Questions differ in length: the text takes what this one leaves.
         story = data.context(index, 0)[1]
@@ -212,7 +215,7 @@ class BabilongTask(Task):
                 break
             text, story, depth = data.context(index, room)
             if self.around(subject, story.question) == around:
-                return _asked(around, text, story.question, story.answer, depth)
+                return _asked(around, text, story, depth)
         raise ValueError(
             f"{length} tokens are too few for {self.info.name}: the instruction, the examples and the "
             f"question take {len(around.head) + len(around.tail) + reserve} of them; ask for more"
@@ -226,7 +229,8 @@ class BabilongTask(Task):
         ids = subject.encode(given).tolist()
         if around.head:
             ids = Coder(subject.tokenizer).ids(f" {given}")
-        asked = _asked(around, np.array(ids), row["question"], row["target"], None)
+        prompt = _joined(around, np.array(ids))
+        asked = Asked(prompt, row["question"], row["target"], None, None)
         limit = subject.info.longest
         if limit is not None and len(asked.prompt) + self.answer_limits(subject)[0] > limit:
             raise ValueError(
@@ -333,9 +337,14 @@ def _rows_folder(where: str) -> str | None:
     return str(cache_home() / "datasets" / digest(repr(told).encode()))
 
 
-def _asked(around: Prompt, text: np.ndarray, question: str, wanted: str, depth: float | None) -> Asked:
+def _asked(around: Prompt, text: np.ndarray, story: Story, depth: float) -> Asked:
+    evidence = " ".join(story.facts[i] for i in sorted(story.supports))
+    return Asked(_joined(around, text), story.question, story.answer, depth, evidence)
+
+
+def _joined(around: Prompt, text: np.ndarray) -> np.ndarray:
     prompt = np.concatenate([np.array(around.head), text, np.array(around.tail)])
-    return Asked(prompt.astype(np.int32), question, wanted, depth)
+    return prompt.astype(np.int32)
 
 
 def babilong_tasks(names: Sequence[str], **options: Any) -> list[BabilongTask]:

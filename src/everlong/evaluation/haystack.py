@@ -21,7 +21,7 @@ from everlong.data.haystack import IGNORE
 
 from .results import Cell, Estimate, Metric, TaskInfo
 from .subject import Subject
-from .task import Record, Task, share_time
+from .task import AROUND, Record, Task, share_time
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -193,6 +193,8 @@ def _answers(subject: Subject, samples: list[dict[str, Any]], longest: int) -> t
 def _record(subject: Subject, sample: dict[str, Any], logits: torch.Tensor) -> Record:
     wanted, ids = sample["labels"], sample["input_ids"]
     given = logits[-len(wanted) - 1 : -1].argmax(-1).cpu()
+    place = len(ids) - len(wanted) - sample["distance"]
+    around = ids[max(place - AROUND, 0) : place + len(wanted) + AROUND]
     return {
         "scores": {
             "exact": float(torch.equal(given, wanted)),
@@ -202,6 +204,7 @@ def _record(subject: Subject, sample: dict[str, Any], logits: torch.Tensor) -> R
         "depth": sample["depth"],
         "distance": sample["distance"],
         "prompt": subject.decode(ids[-len(wanted) - 300 : -len(wanted)]),
+        "evidence": f"… {subject.decode(around).strip()} …",
         "wanted": subject.decode(wanted),
         "answer": subject.decode(given),
     }

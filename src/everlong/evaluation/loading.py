@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from everlong.provenance import RECIPE_FILE, RESULT_FILE
+from everlong.data.config import DataConfig
+from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
 
 from .results import ModelInfo
 from .subject import Subject
@@ -114,7 +117,9 @@ def load_outline(folder: str | Path, **options: Any) -> Subject:
 
 
 def name_apart(infos: Sequence[ModelInfo]) -> list[ModelInfo]:
-    """The models with names unlike each other. Those with a common label are seeds of one recipe."""
+    """The models with names unlike each other. Those with a common label are seeds of one recipe.
+
+    Where their kind of model does not tell them apart, the path does."""
     named = []
     for info in infos:
         same = [other for other in infos if other.label == info.label]
@@ -171,12 +176,17 @@ def _subject(
 ) -> Subject:
     path = Path(folder)
     recipe = recipe_of(path) if path.is_dir() else {}
-    label = recipe.get("name") or path.resolve().name if path.is_dir() else str(folder)
+    label = path.resolve().name if path.is_dir() else str(folder)
     if recipe and not (path / RECIPE_FILE).is_file():  # a checkpoint of a run
-        label = f"{label} {path.resolve().name}"
+        label = f"{model_name(recipe) or path.resolve().parent.name} {label}"
+    elif recipe:
+        label = model_name(recipe) or label
     if options.get("passages"):
         label = f"{label} +RAG"
     result = path / RESULT_FILE
+    about = {"recipe": recipe["name"]} if recipe.get("name") else {}
+    if result.is_file():
+        about |= json.loads(result.read_text(encoding="utf-8"))
     info = ModelInfo(
         name=label,
         label=label,
@@ -184,12 +194,29 @@ def _subject(
         kind=model.config.model_type,
         parameters=model.num_parameters(),
         seed=recipe.get("seed"),
-        training_length=recipe.get("data", {}).get("length"),
+        training_length=_training_length(recipe, about.get("steps") or _steps_of(path)),
         longest=longest_text(model),
-        about=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {},
+        about=about,
         fingerprint=fingerprint(folder),
     )
     return Subject(model, tokenizer, info, recipe, **options)
+
+
+def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
+    """Tokens of the longest sample that a model has seen in so many steps (None: all that its recipe
+    has); None if its recipe does not say."""
+    data = recipe.get("data", {})
+    if "length" not in data:
+        return None
+    seen = steps or recipe.get("training", {}).get("max_steps") or sys.maxsize
+    names = [each.name for each in dataclasses.fields(DataConfig) if each.name in data]
+    return DataConfig(**{name: data[name] for name in names}).length_at(seen - 1)
+
+
+def _steps_of(folder: Path) -> int | None:
+    """Steps that a checkpoint stands at, where it is one."""
+    state = folder / "trainer_state.json"
+    return json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None
 
 
 def gguf_file(folder: Path) -> str | None:

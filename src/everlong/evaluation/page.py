@@ -212,8 +212,12 @@ def _sample(model: str, record: Record, task: TaskInfo, metric: Metric) -> str:
     if record.get("group") is not None:
         facts.append(str(record["group"]))
     rows = [("prompt", _end(str(record["prompt"])))]
+    if record.get("evidence"):
+        rows.append(("evidence", str(record["evidence"])))
     rows += [
-        (name, str(record[name])[:SHOWN_CHARACTERS]) for name in ("wanted", "answer") if name in record
+        (name, _in_words(record[name])[:SHOWN_CHARACTERS])
+        for name in ("wanted", "answer")
+        if name in record
     ]
     texts = "".join(f"<dt>{name}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in rows)
     head = f"<b>{escape(verdict)}</b> {escape(model)}, {escape(', '.join(facts))}"
@@ -256,6 +260,8 @@ def _in_words(value: Any) -> str:
         return ", ".join(map(_in_words, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
     return "-" if value is None else str(value)
 
 

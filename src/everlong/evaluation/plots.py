@@ -11,15 +11,20 @@ from typing import Any
 
 from everlong.pictures import (
     HEAT,
-    NAME_HEIGHT,
+    LETTER,
+    LINE,
+    NUMBER,
     PAPER,
+    log_if_wide,
     look,
     name_lines,
+    name_ticks,
     new_figure,
     new_panels,
     save_figure,
     short_name,
     svg_of,
+    wrapped,
 )
 
 from .results import NUM_DEPTH_BINS, Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
@@ -43,11 +48,9 @@ from .tables import (
     title_of,
 )
 
-MANY_TICKS = 10  # from so many on they are written aslant
 PANELS = 6  # of a picture; more go to the next one
-WIDE = 20  # values differ by this factor: their axis is logarithmic
 CELL = (0.46, 0.28)  # inches
-LETTER = 0.085  # inches
+TENTHS = [f"{100 * i // NUM_DEPTH_BINS}%" for i in range(0, NUM_DEPTH_BINS + 1, 2)]
 DARK, LIGHT = "#111111", "#fafafa"  # numbers on a heat map, whatever a page makes of INK and PAPER
 INTERVALS = "the 95% interval, of several seeds from the lowest to the highest"
 MISSING_LOOK: dict[str, Any] = {
@@ -160,8 +163,8 @@ def _curves_or_bars(
     lines = _lines(results, columns, list(places.values()))
     figure, axes = _curves(title, lines, metric)
     _length_axis(axes, places, marks)
-    axes.set_xlabel("length of the text (tokens)")
-    _name_ends(axes, lines)
+    _name_ends(axes, lines, metric)
+    name_ticks(axes, {place: length_name(length) for length, place in places.items()})
     about = f"Curves: {title}: {title_of(metric)}, against length. {_told(results, columns, lengths)}"
     yield Picture(name, of, about, figure, f"Bands: {INTERVALS}.")
 
@@ -178,9 +181,9 @@ def _by_position(results: Results, task: TaskInfo) -> Iterator[Picture]:
         axes.set_xscale("log", base=2)
         axes.set_xlim(min(starts) / 1.2, max(starts) * 1.2)
         powers = [2**i for i in range(40) if min(starts) / 1.2 <= 2**i <= max(starts) * 1.2]
-        _ticks(axes, {power: power for power in powers})
         axes.set_xlabel("position (tokens from the start)")
-        _name_ends(axes, lines)
+        _name_ends(axes, lines, metric)
+        name_ticks(axes, {x: length_name(round(x)) for x in powers or starts})
         about = f"Curves: {title}: {title_of(metric)}, against position; the table has the numbers."
         name = task.name if length is None else f"{task.name}-{length}"
         yield Picture(name, task.name, about, figure, f"Bands: {INTERVALS}.")
@@ -305,7 +308,9 @@ def _plain_bars(results: Results, of: str) -> Iterator[Picture]:
 
 def _curves(title: str, lines: Sequence[Line], metric: Metric) -> tuple[Any, Any]:
     """Lines with their bands; one point alone has an error bar."""
-    figure, axes = new_figure(8, max(4.2, 2 + len(lines) * NAME_HEIGHT / 72))
+    title = wrapped(title, 7.2, 12)
+    height = max(4.2, 2 + len(lines) * LINE) + title.count("\n") * LINE
+    figure, axes = new_figure(8, height)
     scale = 100 if metric.is_share else 1
     for line in lines:
         low, middle, high = ([scale * each[k] for each in line.spans] for k in range(3))
@@ -315,21 +320,15 @@ def _curves(title: str, lines: Sequence[Line], metric: Metric) -> tuple[Any, Any
             axes.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0)
         else:
             axes.vlines(line.x, low, high, color=colour, alpha=0.5)
-    axes.set_title(title, loc="left")
-    axes.set_ylabel(_unit(metric))
+    axes.set_title(title, loc="left", pad=10)
+    axes.set_ylabel(wrapped(_unit(metric), 3))
     if metric.is_share:
         axes.set_ylim(-4, 104)
     else:
-        _log_if_wide(axes, [each[1] for line in lines for each in line.spans])
+        log_if_wide(axes, [each[1] for line in lines for each in line.spans])
     if metric.chance is not None:
         _chance_line(axes, scale * metric.chance)
     return figure, axes
-
-
-def _log_if_wide(axes: Any, values: Sequence[float]) -> None:
-    if min(values) > 0 and max(values) / min(values) > WIDE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _chance_line(axes: Any, height: float) -> None:
@@ -354,43 +353,26 @@ def _places(lengths: Sequence[int], trained: Mapping[str, set[int]]) -> dict[int
 
 
 def _length_axis(axes: Any, places: Mapping[int, float], trained: Mapping[str, set[int]]) -> None:
-    """Ticks at the lengths; dashed, what the models (by name) were trained at."""
+    """Limits around the lengths; dashed, what the models (by name) were trained at."""
     marks = sorted(set().union(*trained.values()))
     ends = [*places.values(), *marks]
     axes.set_xscale("log", base=2)
-    # A mark's words stand left of it.
-    axes.set_xlim(
-        min(ends) / (1.5 if min(marks, default=max(ends)) == min(ends) else 1.2), max(ends) * 1.2
-    )
-    _ticks(axes, places)
+    axes.set_xlim(min(ends) / 1.2, max(ends) * 1.2)
+    told = []
     for mark in marks:
-        of = [short_name(name) for name, each in trained.items() if mark in each]
-        whose = "" if len(marks) == 1 else f": {', '.join(of) if len(of) < 3 else f'{len(of)} models'}"
         axes.axvline(mark, color="0.45", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"trained at {length_name(mark)}{whose}",
-            (mark, 0.5),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
-            color="0.45",
-            fontsize=8,
-        )
+        of = [short_name(name) for name, each in trained.items() if mark in each]
+        whose = "" if len(marks) == 1 else f" ({', '.join(of) if len(of) < 3 else f'{len(of)} models'})"
+        told.append(f"{length_name(mark)}{whose}")
+    label = "length of the text (tokens)"
+    if told:  # below the axis: words beside the lines would lie on each other
+        label += "\n" + wrapped(f"dashed: trained at {', '.join(told)}", 4.2)
+    axes.set_xlabel(label)
 
 
-def _ticks(axes: Any, places: Mapping[int, float]) -> None:
-    axes.set_xticks(list(places.values()), [length_name(length) for length in places])
-    axes.minorticks_off()
-    if len(places) > MANY_TICKS:
-        axes.tick_params(axis="x", labelrotation=45)
-
-
-def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
-    scale = 100 if axes.get_ylabel().endswith("(%)") else 1
-    name_lines(axes, [(line.x[-1], scale * line.spans[-1][1], line.name, line.style) for line in lines])
+def _name_ends(axes: Any, lines: Sequence[Line], metric: Metric) -> None:
+    scale = 100 if metric.is_share else 1
+    name_lines(axes, [(scale * line.spans[-1][1], line.name, line.style) for line in lines])
 
 
 def _bars(results: Results, panels: Sequence[tuple[str, Column]]) -> Any:
@@ -398,9 +380,13 @@ def _bars(results: Results, panels: Sequence[tuple[str, Column]]) -> Any:
     rows = rows_of(results)
     across = 1 if len(panels) == 1 else 2
     down = -(-len(panels) // across)
-    figure, all_axes = new_panels(len(panels), across, 8, down * (1.3 + 0.27 * len(rows)))
+    room = (7.6 - LETTER * 10 * max(len(short_name(row)) for row in rows)) / across
+    words = [(wrapped(title, room, 11), wrapped(_unit(c.metric), room)) for title, c in panels]
+    more = max(title.count("\n") + unit.count("\n") for title, unit in words) * LINE
+    height = down * (1.3 + 0.27 * len(rows) + more)
+    figure, all_axes = new_panels(len(panels), across, 8, height)
     places = range(len(rows))
-    for i, (axes, (title, column)) in enumerate(zip(all_axes, panels, strict=True)):
+    for i, (axes, (_, column)) in enumerate(zip(all_axes, panels, strict=True)):
         metric, scale = column.metric, 100 if column.metric.is_share else 1
         for place, models in zip(places, rows.values(), strict=True):
             estimates = column.of(models)
@@ -410,18 +396,26 @@ def _bars(results: Results, panels: Sequence[tuple[str, Column]]) -> Any:
             low, middle, high = (scale * each for each in span(estimates))
             axes.barh(place, middle, color=look(place)["color"], height=0.7)
             axes.hlines(place, low, high, color="0.2", linewidth=1.5)
-            top = high if math.isfinite(high) else middle
-            text = number(middle / scale, metric, max(each.samples for each in estimates))
+            end, sign, side = (low, -1, "right") if middle < 0 else (high, 1, "left")
             axes.annotate(
-                text, (top, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+                number(middle / scale, metric, max(each.samples for each in estimates)),
+                (end if math.isfinite(end) else middle, place),
+                xytext=(4 * sign, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=9,
             )
         if metric.chance is not None:
             axes.axvline(scale * metric.chance, color="0.45", linestyle=":", linewidth=1)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel(_unit(metric))
+        axes.set_title(words[i][0], loc="left", fontsize=11)
+        axes.set_xlabel(words[i][1])
         axes.set_yticks(places, [short_name(row) for row in rows] if i % across == 0 else [])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.15)
+        if metric.is_share and axes.get_xlim()[1] < 1:  # all of them none
+            axes.set_xlim(0, 100)
+        axes.locator_params(axis="x", nbins=4)
     return figure
 
 
@@ -440,25 +434,34 @@ def _grids(
     if not numbers:
         return
     limits = (0.0, 1.0) if metric.is_share else (min(numbers), max(numbers))
+    heads = [short_name(column) for column in columns]
+    row_names = TENTHS if rows is None else [short_name(row) for row in rows]
     for i in range(0, len(panels), PANELS):
         part = panels[i : i + PANELS]
         across = min(len(part), 2)
         down = -(-len(part) // across)
-        widest = max(len(short_name(panel.name)) for panel in part) * LETTER
-        width = across * (max(len(columns) * CELL[0], widest) + 0.5) + 1.6
-        height = down * (len(part[0].rows) * CELL[1] + 0.8) + 0.6
-        figure, all_axes = new_panels(len(part), across, max(width, 5), height)
+        shown = [number(each, metric) for each in numbers]
+        cell = max(CELL[0], (max(map(len, shown)) + 1) * LETTER * 8)
+        slant = {"rotation": 30, "ha": "right"} if max(map(len, heads)) * LETTER * 10 > cell else {}
+        beside = max(map(len, row_names)) * LETTER * 10
+        widest = max(len(short_name(panel.name)) for panel in part) * LETTER * 10
+        width = max(beside + across * (max(len(columns) * cell, widest) + 0.5) + 1.6, 5)
+        title_lines = wrapped(title, width - 0.4, 12)
+        below = max(map(len, heads)) * LETTER * 5 if slant else 0.2
+        height = down * (len(part[0].rows) * CELL[1] + 0.6 + below) + 0.6
+        unit = wrapped(_unit(metric), height - 0.6)
+        height += title_lines.count("\n") * LINE
+        figure, all_axes = new_panels(len(part), across, width, height)
         for k, (axes, panel) in enumerate(zip(all_axes, part, strict=True)):
             mesh = _heat_map(axes, panel, metric, limits)
             axes.set_title(short_name(panel.name), fontsize=10, loc="left")
-            slant = {"rotation": 30, "ha": "right"} if max(map(len, columns)) > 6 else {}
-            heads = [short_name(column) for column in columns]
             axes.set_xticks([c + 0.5 for c in range(len(columns))], heads, **slant)
-            _row_ticks(axes, rows, is_first=k % across == 0)
-            axes.set_xlabel(labels[0] if k + across >= len(part) else "")
+            _row_ticks(axes, row_names if k % across == 0 else [], rows is None)
             axes.set_ylabel(labels[1] if k % across == 0 else "")
-        figure.colorbar(mesh, ax=all_axes, label=_unit(metric), shrink=min(1.0, 3 / height + 0.3))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        figure.supxlabel(labels[0], fontsize=10)
+        shrink = min(1.0, 3 / height + 0.3)
+        figure.colorbar(mesh, ax=all_axes, label=unit, shrink=shrink, format=NUMBER)
+        figure.suptitle(title_lines, x=0.01, ha="left", fontsize=12)
         about = f"Heat maps: {title}, {title_of(metric)}: {', '.join(p.name for p in part if p.name)}."
         caption = "Hatched: no sample."
         yield Picture(f"{name}-{i // PANELS + 1}" if i else name, of, about, figure, caption)
@@ -503,14 +506,10 @@ def _heat_map(axes: Any, panel: Panel, metric: Metric, limits: tuple[float, floa
     return mesh
 
 
-def _row_ticks(axes: Any, names: Sequence[str] | None, is_first: bool) -> None:
-    if names is None:
-        edges = range(0, NUM_DEPTH_BINS + 1, 2)
-        axes.set_yticks(edges, [f"{100 * i // NUM_DEPTH_BINS}%" for i in edges])
-    else:
-        axes.set_yticks([i + 0.5 for i in range(len(names))], [short_name(name) for name in names])
-    if not is_first:
-        axes.set_yticks([])
+def _row_ticks(axes: Any, names: Sequence[str], at_edges: bool) -> None:
+    """Names of the rows, or of every second edge between them."""
+    places = [2 * i if at_edges else i + 0.5 for i in range(len(names))]
+    axes.set_yticks(places, names)
 
 
 def _lines(results: Results, columns: Sequence[Column], x: Sequence[float]) -> list[Line]:

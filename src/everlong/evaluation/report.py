@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from rich.text import Text
 from .page import Samples, subtitle_of_report, title_of_report, write_html
 from .plots import Picture, pictures
 from .results import Results
-from .tables import Table, anchor, chapters, models_table, task_tables, turned
+from .tables import Table, anchor, chapters, chosen, models_table, task_tables, turned
 
 WIDE = 10_000  # characters: a line that no table fills
+NAME, HEAD = 24, 16  # characters: longer ones are folded, before a table loses columns
 
 
 def write_report(results: Results, folder: Path, samples: Samples | None = None) -> list[Path]:
@@ -54,13 +56,37 @@ def print_tables(results: Results, console: Console | None = None) -> None:
     for title, table in _printed(results):
         if title:
             console.print(Text(f"\n{title}", "bold"))
-        drawn = table.rich()
-        free = console.options.update(width=WIDE)
-        if console.measure(drawn, options=free).maximum > console.width:  # turned it is narrower
-            drawn = turned(table).rich()
-        console.print(drawn)
+        for part in _fitting(table, console):
+            console.print(part.rich())
         for note in table.notes:
             console.print(Text(note), soft_wrap=True)
+
+
+def _fitting(table: Table, console: Console) -> list[Table]:
+    """The table as the terminal has room for it: as it is, turned, or with some of its columns at a
+    time."""
+    for whole in (table, turned(table)):
+        if _width(whole, console) <= console.width:
+            return [whole]
+    parts, left = [], list(range(table.left, len(table.head)))
+    while left:
+        count = len(left)
+        while count > 1 and _width(_cut(chosen(table, left[:count])), console) > console.width:
+            count -= 1
+        parts.append(chosen(table, left[:count]))
+        left = left[count:]
+    return parts
+
+
+def _width(table: Table, console: Console) -> int:
+    """Characters that it takes where nothing is folded."""
+    return console.measure(table.rich(), options=console.options.update(width=WIDE)).maximum
+
+
+def _cut(table: Table) -> Table:
+    """With what may well be folded, heads and the names of rows, cut."""
+    blocks = [(name, [[row[0][:NAME], *row[1:]] for row in rows]) for name, rows in table.blocks]
+    return replace(table, head=[each[:HEAD] for each in table.head], blocks=blocks)
 
 
 def _printed(results: Results) -> Iterator[tuple[str, Table]]:

@@ -20,7 +20,7 @@ from everlong.data.ruler import GOLDEN, KINDS, NEW_TOKENS, Needles, RulerSample,
 from .haystack import check_length
 from .results import Metric, TaskInfo
 from .subject import Subject
-from .task import Record, Task, share_time
+from .task import AROUND, Record, Task, share_time
 
 FAMILY = "RULER's needles, in other words"
 TITLES = {
@@ -77,13 +77,15 @@ class NiahTask(Task):
                 prompts = np.stack([sample.prompt for _, sample in batch])
                 answers = subject.generate(torch.from_numpy(prompts), new_tokens)
         for (index, sample), answer in zip(batch, answers, strict=True):
+            text = subject.decode(sample.prompt.tolist())
             yield {
                 "index": index,
                 "scores": {"match": string_match_all(answer, sample.wanted)},
                 "tokens": len(sample.prompt) + sample.new_tokens,
                 "seconds": time.each,
                 "depth": sample.depth,
-                "prompt": subject.decode(sample.prompt[-SHOWN:].tolist())[-SHOWN:],
+                "prompt": text[-SHOWN:],
+                "evidence": _evidence(text, sample.wanted),
                 "wanted": ", ".join(sample.wanted),
                 "answer": answer,
             }
@@ -159,6 +161,13 @@ class RulerTask(NiahTask):
             )
             depth = (index + 0.5) * GOLDEN % 1 if KINDS[self.kind].is_single else None
             yield index, needles.sample(self.kind, length, rng, depth=depth)
+
+
+def _evidence(text: str, wanted: Sequence[str]) -> str:
+    """What stands around the first mention of each value."""
+    places = sorted((place, len(each)) for each in wanted if (place := text.find(each)) >= 0)
+    parts = [text[max(at - AROUND, 0) : at + size + AROUND].strip() for at, size in places]
+    return f"… {' … '.join(parts)} …"
 
 
 def _shortened(subject: Subject, sample: RulerSample) -> torch.Tensor:

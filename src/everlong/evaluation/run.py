@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from everlong.data.config import digest
+from everlong.pictures import short_name
 
 from .loading import load_outline, load_subject, name_apart
 from .results import FORMAT, Cell, Results
@@ -95,7 +96,10 @@ class _Job:
         key += [self.length, self.count, self.task.fingerprint(subject, self.length, self.count)]
         hashed = digest(json.dumps(key, sort_keys=True).encode())[:10]
         length = "" if self.length is None else f"-{self.length}"
-        model = re.sub(r"[^\w.-]+", "_", subject.info.label)
+        # Not the label, which depends on the other models.
+        path = Path(subject.info.path)
+        name = path.resolve().name if path.is_dir() else str(path)
+        model = re.sub(r"[^\w.-]+", "_", name)
         return Samples(folder / model, f"{self.task.info.name}{length}-{hashed}", rank)
 
     def cost(self, subject: Subject, samples: int) -> int:
@@ -155,7 +159,9 @@ def evaluate(
                     subject = replace(load_subject(model, **options), info=outline.info)
                     subject.on_tokens = bar.advance
                 mine = missing[state.process_index :: state.num_processes]
-                bar.begin(f"{outline.info.name} · {_name(job)}", job.cost(outline, len(mine)))
+                bar.begin(
+                    f"{short_name(outline.info.name)} · {_name(job)}", job.cost(outline, len(mine))
+                )
                 if mine:
                     assert subject is not None
                     for record in job.task.run(subject, job.length, mine, job.count):
@@ -209,11 +215,11 @@ def _jobs(
 
 
 def length_name(length: int) -> str:
-    """512 -> "512", 2048 -> "2K", 1048576 -> "1M"; 0 -> "0K"."""
+    """512 -> "512", 2048 -> "2K", 1048576 -> "1M", 10000000 -> "10,000,000"; 0 -> "0K"."""
     for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
         if length >= unit and length % unit == 0:
             return f"{length // unit}{name}"
-    return "0K" if length == 0 else str(length)
+    return "0K" if length == 0 else f"{length:,}"
 
 
 def _peak_memory() -> float | None:

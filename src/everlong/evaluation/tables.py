@@ -351,7 +351,8 @@ def number(value: float, metric: Metric, samples: int = 0) -> str:
         return MISSING
     if metric.is_share:
         return f"{100 * value:.{int(samples >= MANY_SAMPLES)}f}"
-    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+    # 0 is added to make 0 of -0.
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value + 0:#.4g}"
 
 
 def anchor(name: str) -> str:
@@ -431,6 +432,13 @@ def _cell(column: Column, models: Sequence[ModelInfo]) -> str:
     if len(estimates) < len(models):
         text += f", {len(estimates)} seed{'s' if len(estimates) > 1 else ''}"
     return text
+
+
+def chosen(table: Table, columns: Sequence[int]) -> Table:
+    """The table with its left columns and these."""
+    places = [*range(table.left), *columns]
+    blocks = [(name, [[row[i] for i in places] for row in rows]) for name, rows in table.blocks]
+    return replace(table, head=[table.head[i] for i in places], blocks=blocks)
 
 
 def turned(table: Table) -> Table:

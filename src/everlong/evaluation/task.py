@@ -15,7 +15,8 @@ from .subject import Subject
 Record = dict[str, Any]
 """A scored sample, as JSON values: index, scores ({metric: number}), tokens (read), seconds (its
 share); where they are known depth (in [0, 1]) and group; and what a reader wants to see: prompt (its
-end), wanted, answer."""
+end), evidence (what the text says of the answer, wherever that stands), wanted, answer."""
+AROUND = 60  # tokens or characters that are shown on either side of what answers
 
 
 class Task(ABC):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +15,16 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from everlong.pictures import COLOURS, new_figure, save_figure
-from everlong.provenance import RECIPE_FILE, RESULT_FILE
+from everlong.pictures import LINE, log_if_wide, look, new_figure, save_figure, short_name
+from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
 
 from .changes import flat_fields
 from .names import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
-STYLES = ("-", "--", ":")
 SMOOTHED = 25  # about so many points of the drawn line stand for a run
 
 
@@ -65,6 +67,11 @@ class Run:
         return next((line[name] for line in reversed(self.metrics) if name in line), None)
 
     @property
+    def model(self) -> str:
+        """What kind of model it trains."""
+        return model_name(self.recipe) or "?"
+
+    @property
     def steps(self) -> str:
         """How far it is, and how far it is to go."""
         wanted = self.part("training").get("max_steps")
@@ -95,10 +102,9 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
     for name in ("size", "steps", "tokens", "loss", "held out", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        model = run.part("model")
         table.add_row(
-            str(run.folder),
-            str(model.get("preset") or model.get("type") or model.get("path")),
+            Text(str(run.folder)),
+            Text(run.model),
             _size(run.result.get("parameters")),
             run.steps,
             _size(run.last("tokens")),
@@ -110,17 +116,23 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
 
 
 def print_differences(runs: Sequence[Run], console: Console | None = None) -> None:
-    """The fields of the recipes that are not the same in all runs."""
-    fields = [flat_fields(run.recipe) for run in runs]
-    names = dict.fromkeys(name for each in fields for name in each)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("field", *(str(run.folder) for run in runs)):
-        table.add_column(name, overflow="fold")
-    for name in names:
-        values = [str(each[name]) if name in each else "-" for each in fields]
-        if len(set(values)) > 1 and name not in ("name", "output_dir"):
-            table.add_row(name, *values)
+    """The fields of the recipes that are not the same in all runs: each value and whose it is, so that
+    any number of runs fits a terminal."""
     console = console or Console()
+    shared = os.path.commonpath([run.folder.parent for run in runs])
+    fields = [flat_fields(run.recipe) for run in runs]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    for name in dict.fromkeys(name for each in fields for name in each):
+        values = [each.get(name, "-") for each in fields]
+        folders: dict[str, list[str]] = {}
+        for told, run in zip(_told(values), runs, strict=True):
+            folders.setdefault(told, []).append(os.path.relpath(run.folder, shared))
+        if len(folders) > 1 and name not in ("name", "output_dir"):
+            table.add_row(Text(name, "bold"), "")
+            for told, whose in folders.items():
+                table.add_row(Text(f"  {told}"), Text(", ".join(whose)))
     console.print(table if table.row_count else "the recipes are the same")
 
 
@@ -130,19 +142,21 @@ def plot_losses(path: Path, runs: Sequence[Run]) -> bool:
     runs = [run for run in runs if any("loss" in line for line in run.metrics)]
     if not runs:
         return False
-    figure, axes = new_figure()
+    figure, axes = new_figure(height=max(4.5, 1 + 1.4 * LINE * len(runs)))
     runs.sort(key=lambda run: -run.last("loss"))  # as the lines end, from top to bottom
+    kinds = Counter(run.model for run in runs)
+    drawn: list[float] = []
     for i, run in enumerate(runs):
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
         steps, losses = _values(run, "loss")
-        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-        name = str(run.recipe.get("name") or run.folder)
-        axes.plot(steps, _smooth(losses), style, color=colour, linewidth=2, label=name)
-        axes.plot(*_values(run, "eval_loss"), "o", color=colour, markeredgecolor="white")
-    axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:g}")
-    axes.locator_params(axis="x", integer=True)
+        style = look(i) | {"marker": "" if len(losses) > 1 else "s"}
+        axes.plot(steps, losses, color=style["color"], alpha=0.25, linewidth=1)
+        name = run.model if kinds[run.model] == 1 else f"{run.model}, {run.folder}"
+        axes.plot(steps, _smooth(losses), **style, linewidth=2, label=short_name(name))
+        held_out = _values(run, "eval_loss")
+        axes.plot(*held_out, "o", color=style["color"], markeredgecolor="white")
+        drawn += [*losses, *held_out[1]]
+    log_if_wide(axes, drawn)
+    axes.locator_params(axis="x", integer=True, nbins=5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token; dots: held out)")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -164,6 +178,14 @@ def _smooth(losses: list[float]) -> list[float]:
         total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
         smoothed.append(total / weight)
     return smoothed
+
+
+def _told(values: Sequence[Any]) -> list[str]:
+    """Values of a recipe in as many digits as a person writes, or in all of them where two would be
+    alike."""
+    exact = [str(value) for value in values]
+    short = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+    return short if len(set(short)) == len(set(exact)) else exact
 
 
 def _size(value: float | None) -> str:
