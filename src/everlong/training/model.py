@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from .names import check_names, nearest, one_line
+from everlong.words import check_names, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +22,10 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
 
     from everlong.models import model_config
 
+    for name in ("type", "preset", "path"):
+        value = recipe.model.get(name, "")
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"model.{name} is one name, got {value!r}")
     if "path" in recipe.model:
         return _config_at(recipe)
     fields = {**recipe.model}
@@ -126,8 +130,8 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     return found
 
 
-def _check_vocabulary(size: int, tokens: int, advice: str) -> None:
-    if size < tokens:
+def _check_vocabulary(size: Any, tokens: int, advice: str) -> None:
+    if not isinstance(size, int) or size < tokens:
         raise ValueError(
             f"model.vocab_size must be at least {tokens}, which is the vocabulary of the recipe's "
             f"tokenizer, got {size}: {advice}"
@@ -165,9 +169,11 @@ def _base_config(given: Any) -> dict[str, Any]:
     """The fields of the model inside an RMT, by their names."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if not isinstance(given or {}, dict):
+        raise ValueError(f"model.base_config must hold fields, got {given!r}")
     inner = {"model_type": "llama", **(given or {})}
     kind = inner["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(
             f"unknown model.base_config.model_type {kind!r}{nearest(str(kind), CONFIG_MAPPING.keys())}"
         )
