@@ -1,4 +1,4 @@
-"""Recipes that nobody meant: each is one error at once, or stands in the loaded recipe as it was given."""
+"""Recipes that nobody meant: each is one error at once, or the loaded recipe holds what was given."""
 
 import copy
 import dataclasses
@@ -197,8 +197,8 @@ NAMES = st.sampled_from(["modle", "hidden_sise", "type", "path", "seed", "", "ta
 
 @st.composite
 def wrong_recipes(draw):
-    """A recipe with one to three fields changed, dropped, or put where they do not belong; the change if
-    it is one changed field."""
+    """A recipe with one to three fields changed, dropped, or put where they do not belong; and the
+    change, if it is one changed field."""
     values = copy.deepcopy({**BASE, **draw(st.sampled_from([{}, *OTHERS]))})
     if values["data"]["task"] != "needle":
         del values["evaluation"]
@@ -236,10 +236,13 @@ def check_wrong_recipe(case, folder):
         data["source"] = str(folder / "text")
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    message = ""
     try:
         recipe = load_recipe(path)
     except ValueError as error:
-        assert "\n" not in str(error)
+        message = str(error)
+    if message:
+        assert "\n" not in message
         return
     if changed is not None:
         place, value = changed
@@ -263,6 +266,7 @@ def folder(tmp_path_factory):
     return with_texts(tmp_path_factory)
 
 
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
 
@@ -288,6 +292,6 @@ def test_a_thousand_wrong_recipes(case, folder):
 def test_any_bytes_are_an_error(data, folder):
     path = folder / "bytes.yaml"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="bytes.yaml|unknown field") as error:
+    with pytest.raises(ValueError, match=r"bytes\.yaml|unknown field") as error:
         load_recipe(path)
     assert "\n" not in str(error.value)

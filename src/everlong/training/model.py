@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from everlong.hub import from_hub
 from everlong.words import check_names, nearest, one_line
 
 if TYPE_CHECKING:
@@ -65,10 +66,14 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     path, kind = fields.pop("path"), fields.pop("type", None)
     try:
         if kind is not None:
-            model = WRAPPED[kind](path, fields)
+            model = from_hub(path, lambda: WRAPPED[kind](path, fields))
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path, config=build_model_config(recipe), output_loading_info=True
+            config = build_model_config(recipe)
+            model, loading = from_hub(
+                path,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    path, config=config, output_loading_info=True
+                ),
             )
     except Exception as error:  # transformers raises several kinds, all of them about files and fields
         raise ValueError(f"model.path {path} cannot be loaded: {one_line(error)}") from error
@@ -112,14 +117,14 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     if not isinstance(path, str):
         raise ValueError(f"model.path is a folder or hub id, got {path!r}")
     try:
-        found = AutoConfig.from_pretrained(path)
+        found = from_hub(path, lambda: AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path {path} holds no model: {one_line(error)}") from error
     named = "name the tokenizer of that model as data.tokenizer"
     _check_vocabulary(found.vocab_size, len(recipe.data.build_tokenizer()), named)
     if kind is None:
         fields = _config_fields(found.model_type, fields)
-        return AutoConfig.from_pretrained(path, **fields)
+        return from_hub(path, lambda: AutoConfig.from_pretrained(path, **fields))
     if kind not in WRAPPED:
         raise ValueError(
             f"model.type {kind!r} with model.path: leave type out to go on from the model there, or "

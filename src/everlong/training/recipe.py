@@ -105,7 +105,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(NAME, self.name):
             raise ValueError(
-                f"name must be a folder's name, without / or \\ and not of dots alone, got {self.name!r}"
+                "name is that of a folder: without / and \\, not of dots alone, 200 letters at most, "
+                f"got {self.name!r}"
             )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0 ... {(1 << 32) - 1}, got {self.seed}")

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from everlong import strict_yaml
 from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
-from everlong.words import one_line
+from everlong.words import shown
 
 from .changes import flat_fields
 from .progress import read_metrics
@@ -53,11 +53,10 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def _read(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))  # which JSON is too
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+            values = strict_yaml.load_file(self.folder / name)  # which JSON is too
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         return values if isinstance(values, dict) else {}
 
     def last(self, name: str) -> Any:
@@ -97,8 +96,8 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
     for run in runs:
         model = run.part("model")
         table.add_row(
-            str(run.folder),
-            str(model.get("preset") or model.get("type") or model.get("path")),
+            shown(run.folder),
+            shown(model.get("preset") or model.get("type") or model.get("path")),
             _size(run.result.get("parameters")),
             run.steps,
             _size(run.last("tokens")),
@@ -114,12 +113,12 @@ def print_differences(runs: Sequence[Run], console: Console | None = None) -> No
     fields = [flat_fields(run.recipe) for run in runs]
     names = dict.fromkeys(name for each in fields for name in each)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("field", *(str(run.folder) for run in runs)):
-        table.add_column(name, overflow="fold")
+    for name in ("field", *(run.folder for run in runs)):
+        table.add_column(shown(name), overflow="fold")
     for name in names:
         values = [str(each[name]) if name in each else "-" for each in fields]
         if len(set(values)) > 1 and name not in ("name", "output_dir"):
-            table.add_row(name, *values)
+            table.add_row(*map(shown, (name, *values)))
     console = console or Console()
     console.print(table if table.row_count else "the recipes are the same")
 
