@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.text import Text
 
-SIZE = r"[0-9]{1,12}[kKmM]?"  # as `parse_size` reads it
-LARGEST = 1 << 30  # a text of so many tokens fits into no memory
+SIZE = r"[0-9]{1,12}(?:_[0-9]{3}){0,3}[kKmM]?"  # as `parse_size` reads it
 # Control characters but tab and line feed, those that turn the direction of writing, halves of letters.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -43,18 +42,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def parse_size(text: str, what: str = "a size") -> int:
-    """512, 1k = 1,024, 2m = 2 x 1,024 x 1,024, at most 1,024m.
-
-    what: it is, as the error says. Raises ValueError for another form.
-    """
-    found = re.fullmatch(SIZE, text.strip())
-    if found is None:
-        raise ValueError(f"{what} is a whole number such as 512, 1k or 1m, got {text!r}")
-    value = size_of(found[0])
-    if value > LARGEST:
-        raise ValueError(f"{what} is at most {LARGEST >> 20:,}m, got {text!r}")
-    return value
+def parse_size(text: str, what: str = "wanted is a whole number such as 512, 1k or 1m") -> int:
+    """512, 1k = 1,024, 2m = 2 x 1,024 x 1,024. Raises ValueError for another form."""
+    if not re.fullmatch(SIZE, text.strip()):
+        raise ValueError(f"{what}, got {text!r}")
+    return size_of(text.strip())
 
 
 def size_of(text: str) -> int:
@@ -89,4 +81,4 @@ def shown(text: object, style: str = "") -> Text:
 
 def file_name(name: str) -> str:
     """A name as one file or folder may be called, in the folder that it is joined to."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.text import Text
 from .page import Samples, subtitle_of_report, title_of_report, write_html
 from .plots import Picture, pictures
 from .results import Results
-from .tables import Table, anchor, chapters, models_table, task_tables, turned
+from .tables import Table, anchor, chapters, for_markdown, models_table, task_tables, turned
 
 WIDE = 10_000  # characters: a line that no table fills
 
@@ -30,28 +31,30 @@ def write_report(results: Results, folder: Path, samples: Samples | None = None)
 
 def to_markdown(results: Results, drawn: list[Picture]) -> str:
     """The tables as Markdown, with links to the pictures in the same folder."""
-    parts = [f"# {title_of_report(results)}", subtitle_of_report(results)]
+    results = results.plain()
+    parts = [f"# {for_markdown(title_of_report(results))}", for_markdown(subtitle_of_report(results))]
     parts += ["## Models", models_table(results).markdown()]
     for chapter in chapters(results):
-        parts.append(f"## {chapter.title}")
+        parts.append(f"## {for_markdown(chapter.title)}")
         is_one = len(chapter.tasks) == 1 and not chapter.is_family
         if not is_one:
             parts += _links(drawn, chapter.name)
         parts += [table.markdown() for table in chapter.tables]
         for task in chapter.tasks:
-            parts += [] if is_one else [f"### {task.title}"]
-            parts += [task.about, *_links(drawn, task.name)]
+            parts += [] if is_one else [f"### {for_markdown(task.title)}"]
+            parts += [for_markdown(task.about), *_links(drawn, task.name)]
             parts += [table.markdown() for table in task_tables(results, task)]
     command = results.settings.get("command")
     if command:
-        parts += ["## Command", f"```bash\n{command}\n```"]
+        fence = max(["```", *(f"{each}`" for each in re.findall("`+", str(command)))], key=len)
+        parts += ["## Command", f"{fence}bash\n{command}\n{fence}"]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
     """Print the tables; of a family the one that has all its tasks."""
     console = console or Console()
-    for title, table in _printed(results):
+    for title, table in _printed(results.plain()):
         if title:
             console.print(Text(f"\n{title}", "bold"))
         drawn = table.rich()
@@ -75,4 +78,5 @@ def _printed(results: Results) -> Iterator[tuple[str, Table]]:
 
 
 def _links(drawn: list[Picture], of: str) -> list[str]:
-    return [f"![{picture.about}]({anchor(picture.name)}.png)" for picture in drawn if picture.of == of]
+    shown = [picture for picture in drawn if picture.of == of]
+    return [f"![{for_markdown(each.about)}]({anchor(each.name)}.png)" for each in shown]

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -26,13 +26,14 @@ from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
 from everlong.data.tokenizer import BYTES
 from everlong.provenance import RECIPE_FILE
-from everlong.words import check_names, did_you_mean, one_line
+from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
 from .arguments import build_training_arguments, check_given
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
 
 NAME = r"(?!\.+$)[^/\\\0]{1,200}"  # of one folder
+INNER = "model.base_config."
 
 
 @dataclass
@@ -157,8 +158,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(recipe)
     task = _check_file_names(path)
-    _check_override_names(overrides, task)
-    values = _parse(path, overrides, task)
+    pairs = _pairs(overrides)
+    _check_override_names(pairs, task)
+    values = _parse(path, pairs, task)
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
     loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
     config = build_model_config(loaded)
@@ -213,51 +215,72 @@ def _check_file_names(path: Path) -> type[DataConfig]:
     return TASKS[task]
 
 
-def _check_override_names(overrides: Sequence[str], task: type[DataConfig]) -> None:
-    for option in overrides:
-        if option.startswith("--"):
-            part, _, name = option[2:].split("=")[0].partition(".")
-            check_names([part], _names(Recipe))
-            if part == "data" and name == "task":
-                raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
-            if part in ("data", *_PARTS):
-                check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and values of ["--training.max_steps", "100", "--data.length=256"]."""
+    pairs = []
+    rest = iter(overrides)
+    for option in rest:
+        name, equals, value = option.partition("=")
+        given = value if equals else next(rest, None)
+        if given is None or not name.startswith("--"):
+            raise ValueError(f"{option} has no value: give {option}=VALUE")
+        pairs.append((name[2:], given))
+    return pairs
 
 
-def _parse(path: Path, overrides: Sequence[str], task: type[DataConfig]) -> dict[str, Any]:
+def _check_override_names(overrides: Sequence[tuple[str, str]], task: type[DataConfig]) -> None:
+    for option, _ in overrides:
+        part, _, name = option.partition(".")
+        check_names([part], _names(Recipe))
+        if part == "data" and name == "task":
+            raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
+        if part in ("data", *_PARTS):
+            check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
+
+
+def _in_digits(option: str, value: str, task: type[DataConfig]) -> str:
+    """4k as 4096 where a whole number is wanted."""
+    part, _, name = option.rpartition(".")
+    kind = {"": Recipe, "data": task, **_PARTS}.get(part)
+    hint = get_type_hints(kind).get(name) if kind else None
+    is_size = int in (hint, *get_args(hint)) and re.fullmatch(SIZE, value)
+    return str(size_of(value)) if is_size else value
+
+
+def _parse(path: Path, overrides: list[tuple[str, str]], task: type[DataConfig]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_loader
 
     set_loader("strict", strict_yaml.load, (yaml.YAMLError,))
-    inner, overrides = _inner_fields(overrides)
     parser = ArgumentParser(exit_on_error=False, parser_mode="strict")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Recipe, skip={"data"})
     parser.add_class_arguments(task, "data")
+    outer = [
+        f"--{option}={_in_digits(option, value, task)}"
+        for option, value in overrides
+        if not option.startswith(INNER)
+    ]
     try:
-        values = parser.parse_args(["--config", str(path), *overrides]).as_dict()
+        values = parser.parse_args(["--config", str(path), *outer]).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{path.name}: {one_line(error)}") from error
     values.pop("config")
     for part, kind in {"": Recipe, "data": task, **_PARTS}.items():
         check_given(values[part] if part else values, get_type_hints(kind), f"{part}." if part else "")
+    inner = _inner_fields(overrides)
     if inner:
         values["model"]["base_config"] = {**(values["model"].get("base_config") or {}), **inner}
     return values
 
 
-def _inner_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Overrides of fields of model.base_config, and the other ones."""
-    prefix, fields, others = "--model.base_config.", {}, []
-    rest = iter(overrides)
-    for option in rest:
-        if option.startswith(prefix):
-            name, equals, value = option.removeprefix(prefix).partition("=")
-            value = value if equals else next(rest, "")
+def _inner_fields(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Overrides of fields of model.base_config."""
+    fields = {}
+    for option, value in overrides:
+        if option.startswith(INNER):
             try:
-                fields[name] = strict_yaml.load(value)
+                fields[option.removeprefix(INNER)] = strict_yaml.load(value)
             except yaml.YAMLError as error:
-                raise ValueError(f"{prefix[2:]}{name}: {one_line(error)}") from error
-        else:
-            others.append(option)
-    return fields, others
+                raise ValueError(f"{option}: {one_line(error)}") from error
+    return fields
