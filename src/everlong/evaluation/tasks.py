@@ -85,5 +85,5 @@ def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[
         return harness_tasks([name], data_dir=options.data_dir, num_fewshot=options.num_fewshot)
     except UnknownTask as error:
         raise ValueError(
-            f"{name!r} is none of everlong's tasks{did_you_mean(name, OWN)} ({', '.join(OWN)}); {error}"
+            f"{name!r} is none of everlong's tasks ({', '.join(OWN)}); {error}{did_you_mean(name, OWN)}"
         ) from error
