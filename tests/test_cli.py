@@ -266,6 +266,66 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("trian r", "unknown command 'trian': did you mean train"),
+        ("generate m --promt a", "unknown option --promt: did you mean --prompt"),
+        ("eval m --out o --lenghts 4", "unknown option --lenghts: did you mean --lengths"),
+        ("data babi-chek f", "unknown action 'babi-chek': did you mean babi-check"),
+        ("eval m --out o --setting trained-so", "unknown setting 'trained-so': did you mean trained"),
+        ("eval m --out o --tasks nedle", "'nedle' is none .*did you mean needle"),
+        ("train needle-lm", "'needle-lm': did you mean needle-lmm"),
+        ("train needle-lmm --evaluation.task [x]", "evaluation.task: did you mean evaluation.tasks"),
+        ("train needle-lmm --model.chunk_siz 3", "model.chunk_siz: did you mean model.chunk_size"),
+        ("eval m", "required: --out"),
+        ("data", "required: ACTION"),
+        ("eval m --out o --lengths 99999999999k", "1024M at most, got '99999999999k'"),
+        ("eval m --out o --lengths 1.5k", "got '1.5k'"),
+        ("eval m --out o --lengths=-1", "got '-1'"),
+        ("eval m --out o --lengths=", "got ''"),
+        ("eval m --out o --samples 0", "got '0'"),
+        ("eval m --out o --samples ²", "got '²'"),
+        ("eval m --out o --samples 99999999m", "got '99999999m'"),
+        ("eval m --out o --tokens_per_forward 0", "--tokens_per_forward must be at least 1, got 0"),
+        ("eval m --out o --num_fewshot=-1", "--num_fewshot must be at least 0, got -1"),
+        ("eval m --out o --seed=-1", "--seed must be at least 0 .*got -1"),
+        ("generate m --prompt a --temperature nan", "--temperature must be .*got nan"),
+        ("generate m --prompt a --temperature=-1", "--temperature must be .*got -1"),
+        ("generate m --prompt a --temperature inf", "--temperature must be .*got inf"),
+        ("generate m --prompt a --top_p 0", "--top_p must be .*at most 1, got 0"),
+        ("generate m --prompt a --top_p 1.1", "--top_p must be .*at most 1, got 1.1"),
+        ("generate m --prompt a --top_k=-1", "--top_k must be .*got -1"),
+        ("generate m --prompt a --max_new_tokens 0", "--max_new_tokens must be .*got 0"),
+        ("generate m --prompt a --max_new_tokens x", "--max_new_tokens: .*got 'x'"),
+        ("generate m --prompt a --seed 99999999999", "--seed must be .*got 99999999999"),
+        ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
+        ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
+        ("data babi-write f --stories=-1", "--stories must be .*got -1"),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split(" ")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"everlong: error: .*{message}", line)
+
+
+def test_sizes_are_understood_wherever_numbers_are(tiny_recipe, capsys):
+    fields = ["--data.length=1k", "--training.max_steps", "2k"]
+    assert main(["train", str(tiny_recipe()), *fields, "--print_config"]) == 0
+    out = capsys.readouterr().out
+    assert "length: 1024" in out
+    assert "max_steps: 2048" in out
+
+
+def test_what_a_terminal_would_act_on_is_written_out(capsys, tmp_path):
+    place = tmp_path / "\x1b[31mred\x07\u202e"
+    place.mkdir()
+    assert main(["runs", str(place)]) == 2
+    assert r"\x1b[31mred\x07\u202e holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--resume", "nowhere", "--print_config"], "nowhere is not a run folder"),
         (["--resume", "nowhere", "--overwrite"], "give one of them"),
         (["RECIPE", "--training.bf16", "--seed", "1"], "--training.bf16 has no value"),

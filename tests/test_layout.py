@@ -13,14 +13,18 @@ SRC = Path(__file__).parents[1] / "src" / "everlong"
 # .__init__ are its public names) and packages ("*": any). A part that is not listed here fails, so
 # that its arrows get decided.
 ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance", ".pictures"}
+ON_TOP |= {".words", ".strict_yaml", ".hub"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
     "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops"},
-    "data": {"*"},
+    "words": {"rich"},
+    "strict_yaml": {"yaml", ".words"},
+    "hub": {"huggingface_hub", ".words"},
+    "data": {"*", ".hub", ".words"},
     "allocator": set(),
     "provenance": {"*"},
-    "pictures": {"*"},
+    "pictures": {"*", ".words"},
     "training": ON_TOP | {".allocator"},
     "evaluation": ON_TOP,
     "demo": ON_TOP | {".training", ".evaluation"},

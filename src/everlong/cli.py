@@ -8,47 +8,72 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import math
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from everlong import __version__
+from everlong import __version__, strict_yaml
+from everlong.words import nearest, one_line, parse_size, plain
 
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
+MAX_SEED = (1 << 32) - 1  # of numpy
 GRACE = 5.0  # seconds in which torchrun ends the processes of which one has ended
+
+
+def number(
+    kind: type[int] | type[float] = int, low: float = 0, high: float = math.inf
+) -> Callable[[str], Any]:
+    """What reads an option's number, in low ... high; a whole one may be 4k or 1m."""
+
+    def read(text: str) -> Any:
+        try:
+            value = parse_size(text) if kind is int and not text.startswith("-") else kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"at least {low:g}" + (f" and at most {high:g}" if math.isfinite(high) else "")
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
+        return value
+
+    return read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv if not given) and return the exit code."""
-    parser = build_parser()
+    given = list(sys.argv[1:] if arguments is None else map(str, arguments))
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
-        return _stopped(error, f"everlong: error: {error}", 2)
-    options = parser.parse_args(known)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    options.overrides = overrides
-    options.command_line = list(sys.argv[1:] if arguments is None else map(str, arguments))
-    try:
-        _quiet()
-        return options.run(options)
+        return _run(given)
     except KeyboardInterrupt as error:
         if _is_main():
             print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
         return 130
     except FloatingPointError as error:
         return _stopped(error, f"everlong: training stopped: {error}", 1)
-    except FileExistsError as error:
-        return _stopped(error, f"everlong: error: {error.filename} is a file: name a folder", 2)
     except (ValueError, OSError) as error:
+        if isinstance(error, FileExistsError) and error.filename is not None:
+            error = OSError(f"{error.filename} is a file: name a folder")
         return _stopped(error, f"everlong: error: {error}", 2)
+
+
+def _run(arguments: list[str]) -> int:
+    known, overrides = split_overrides(arguments)
+    parser = build_parser()
+    options = parser.parse_args(known)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    options.overrides, options.command_line = overrides, arguments
+    _quiet()
+    return options.run(options)
 
 
 def _is_main() -> bool:
@@ -66,13 +91,41 @@ def _stopped(error: Exception, message: str, code: int) -> int:
     lost = isinstance(error, ConnectionError)  # of another process, which tells itself
     if not alone and (lost or not _is_main()):
         time.sleep(2 * GRACE if lost else GRACE)
-    print(message, file=sys.stderr, flush=True)
+    print(plain(one_line(message)), file=sys.stderr, flush=True)
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, and name the nearest option or command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but an unknown option is named before one that lacks."""
+        options = self._option_string_actions
+        for arg in args:
+            if not arg.startswith("-"):
+                if self._subparsers is not None:
+                    break  # what follows is the command's
+                continue
+            name = arg.partition("=")[0]
+            if re.fullmatch(r"--\w[\w-]*", name) and not any(each.startswith(name) for each in options):
+                self.error(f"unknown option {name}{nearest(name, [*options])}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = str(action.metavar or action.dest).lower()
+            raise argparse.ArgumentError(
+                action, f"unknown {what} {value!r}{nearest(value, [*action.choices])}"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): must", r"\1 must", message)
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options; `run` is the function of the chosen one."""
-    parser = argparse.ArgumentParser(prog="everlong", description="Language models that have a memory.")
+    parser = _Parser(prog="everlong", description="Language models that have a memory.")
     parser.add_argument("--version", action="version", version=f"everlong {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -143,7 +196,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--passages",
-        type=int,
+        type=number(),
         default=0,
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
@@ -162,15 +215,17 @@ def _add_eval(commands: Any) -> None:
         "--chat_template", action="store_true", help="put niah's prompts as a user's message"
     )
     evaluate.add_argument("--data_dir", metavar="DIR", help="local data sets of lm-eval's tasks")
-    evaluate.add_argument("--num_fewshot", type=int, help="examples in lm-eval's tasks (lm-eval's own)")
+    evaluate.add_argument(
+        "--num_fewshot", type=number(), help="examples in lm-eval's tasks (lm-eval's own)"
+    )
     evaluate.add_argument(
         "--tokens_per_forward",
-        type=int,
+        type=number(low=1),
         default=32768,
         help="read at a time, all texts together (32,768); fewer take less memory",
     )
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    evaluate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
     evaluate.set_defaults(run=_evaluate)
 
@@ -183,13 +238,15 @@ def _add_generate(commands: Any) -> None:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue; - reads it from stdin")
     prompt.add_argument("--prompt_file", metavar="FILE", help="read the text from a file")
-    generate.add_argument("--max_new_tokens", type=int, default=200, help="at most (200)")
+    generate.add_argument("--max_new_tokens", type=number(low=1), default=200, help="at most (200)")
     generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)"
+        "--temperature", type=number(float), default=0.0, help="0 takes the likeliest token (0)"
     )
-    generate.add_argument("--top_k", type=int, default=0, help="sample from so many; 0: from all")
-    generate.add_argument("--top_p", type=float, default=1.0, help="sample from this share (1)")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    generate.add_argument("--top_k", type=number(), default=0, help="sample from so many; 0: from all")
+    generate.add_argument(
+        "--top_p", type=number(float, 1e-9, 1), default=1.0, help="sample from this share (1)"
+    )
+    generate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the sampling (0)")
     generate.set_defaults(run=_generate)
 
 
@@ -207,13 +264,13 @@ def _add_tokenizer(commands: Any) -> None:
         help="text: a file (text, JSONL, Parquet), a folder, a pattern, package:NAME or "
         "hub:OWNER/NAME; may be given several times",
     )
-    tokenizer.add_argument("--vocab_size", type=int, default=8192, help="at most (8192)")
+    tokenizer.add_argument("--vocab_size", type=number(), default=8192, help="at most (8192)")
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
     tokenizer.add_argument("--text_column", default="text", help="of JSONL, Parquet, the hub (text)")
     tokenizer.add_argument("--subset", help="of a data set on the hub")
     tokenizer.add_argument("--split", default="train", help="of a data set on the hub (train)")
     tokenizer.add_argument(
-        "--max_bytes", type=int, default=200_000_000, help="read no more text (200,000,000)"
+        "--max_bytes", type=number(), default=200_000_000, help="read no more text (200,000,000)"
     )
     tokenizer.set_defaults(run=_tokenizer)
 
@@ -249,9 +306,12 @@ def _add_data(commands: Any) -> None:
     write.add_argument("folder", metavar="FOLDER", help="for the files")
     write.add_argument("--tasks", default="qa1,qa2,qa3,qa4,qa5", help="of qa1 to qa10, by commas")
     write.add_argument(
-        "--stories", type=int, default=10_000, help="questions to train on; a tenth for tests (10,000)"
+        "--stories",
+        type=number(),
+        default=10_000,
+        help="questions to train on; a tenth for tests (10,000)",
     )
-    write.add_argument("--seed", type=int, default=0, help="of the stories (0)")
+    write.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the stories (0)")
     data.set_defaults(run=_data)
 
 
@@ -322,10 +382,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _score(folder: Path) -> None:
     """Score a trained model on what its recipe asks for."""
-    import yaml
-
     # Not by load_recipe: the other processes have left, and it would wait for them.
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = strict_yaml.load_file(folder / "recipe.yaml")
     asked = recipe["evaluation"]
     if not asked["tasks"]:
         return
@@ -362,8 +420,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from everlong.evaluation.report import print_tables, write_report
     from everlong.evaluation.run import processes
 
-    if options.passages < 0:
-        raise ValueError(f"passages must be at least 0, got {options.passages}")
     lengths = [parse_length(each) for each in options.lengths.split(",")]
     counts = SampleCounts.parse(str(options.samples))
     names = [each.strip() for each in options.tasks.split(",") if each.strip()]
@@ -448,13 +504,21 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    from everlong.data import load_text
+    from everlong.data.text import read_text
 
     if options.prompt_file:
-        return load_text(options.prompt_file)[0].text.decode()
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        path = Path(options.prompt_file)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist, or is no file")
+        prompt = read_text(path).decode()
+    else:
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no text: letter {error.start} is half of one") from None
     return prompt
 
 

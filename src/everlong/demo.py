@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from everlong import words
 from everlong.evaluation import Results, evaluate
 from everlong.evaluation.haystack import HaystackTask
 from everlong.evaluation.report import print_tables, write_report
@@ -84,7 +85,7 @@ def run_demo(
     for run in runs:
         if not full and run.folder.exists():
             shutil.rmtree(run.folder)
-        console.print(f"[bold]{run}[/]: training")
+        console.print(words.shown(run, "bold").append(": training", "not bold"))
         try:
             _train(run)
         except TrainingInterrupted as stopped:
@@ -105,7 +106,8 @@ def run_demo(
     files = write_report(results, place, shown)
     console.print(
         f"{(time.perf_counter() - started) / 60:.1f} minutes in all. "
-        f"Written: {', '.join(map(str, files))}"
+        f"Written: {', '.join(map(words.plain, files))}",
+        markup=False,
     )
     return results
 
@@ -153,7 +155,7 @@ def _print_costs(results: Results, console: Console) -> None:
     for model in results.models:
         cost = model.about
         table.add_row(
-            model.name,
+            words.shown(model.name),
             f"{cost['parameters']:,}",
             f"{cost['seconds'] / 60:.1f}",
             f"{cost['tokens']:,}",

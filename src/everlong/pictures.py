@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .words import plain
+
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLES = ("-", "--", ":")
@@ -55,8 +57,28 @@ def new_panels(count: int, across: int, width: float, height: float) -> tuple[An
     return figure, axes
 
 
+def plain_words(figure: Any) -> None:
+    """Words as they stand: a $ is no formula, and what does not show is written out. Numbers at an axis
+    are formulas of matplotlib's own."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+    formulas = (LogFormatter, ScalarFormatter)
+    numbers: set[Any] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), formulas):
+            numbers.update(axis.get_majorticklabels())
+        if isinstance(axis.get_minor_formatter(), formulas):
+            numbers.update(axis.get_minorticklabels())
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
+            text.set_text(plain(text.get_text()))
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write the figure, and the folder it goes to."""
+    plain_words(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -65,6 +87,7 @@ def svg_of(figure: Any, name: str) -> str:
     """The figure as SVG, its words as text. The same name and figure give the same text."""
     from matplotlib import rc_context
 
+    plain_words(figure)
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -368,6 +368,22 @@ class TestBadText:
             ("a.jsonl", b'{"text": 3}\n', "line 1: text holds '3', which is no text"),
             ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not UTF-8"),
             ("a.jsonl.gz", b"no gzip", "damaged or no gzip"),
+            ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9] + b"x" * 9, "damaged or no gzip"),
+            (
+                "a.jsonl",
+                b'{"text": "' + b"x" * 9000 + b'"}\n\n{"text": "gr\xfc"}\n',
+                r"a\.jsonl is not UTF-8: byte 0xfc at position 9026 \(line 3\)",
+            ),
+            ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl is not UTF-8 but UTF-16"),
+            ("a.txt", "some text".encode("utf-16"), r"a\.txt is not UTF-8 but UTF-16"),
+            ("a.txt", b"\xef\xbb\xbfgr\xfc", "byte 0xfc at position 5"),
+            ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON"),
+            ("a.jsonl", b"\n", "holds no text"),
+            ("a.json", b"[]", "holds no text"),
+            ("a.json", b'[{"text": "x"}, {"text": ', "a.json begins like a JSON array and is none"),
+            ("a.json", b'[{"text": "x"}, 3]', "a.json, item 2 has no column 'text'"),
+            ("a.json", b'{\n"text": "x"\n}', "a.json, line 1 is not JSON"),
+            ("a.parquet", b"", "damaged or no Parquet"),
             ("a.parquet", b"no parquet", "damaged or no Parquet"),
         ],
     )
@@ -442,6 +458,30 @@ def test_a_tokenizer_that_loses_text_is_known():
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     assert not gives_back(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_an_array_of_objects_is_read_as_rows(name, tmp_path):
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt", encoding="utf-8") as file:
+        json.dump([{"text": "one"}, {"id": 3, "text": "two"}, {"text": None}], file, indent=1)
+    assert [piece.text for piece in read_pieces(str(tmp_path / name))] == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "one\n"), ("a.jsonl", '{"text": "one\\n"}\n'), ("a.json", '[{"text": "one\\n"}]')],
+)
+def test_a_byte_order_mark_is_no_text(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [piece.text for piece in read_pieces(str(tmp_path / name))] == [b"one\n"]
+
+
+def test_parquet_that_is_not_utf8_is_named(tmp_path):
+    words = pa.array([b"fine", b"gr\xfc"], pa.binary()).view(pa.utf8())
+    pq.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged.*0xfc"):
+        list(read_pieces(str(tmp_path / "a.parquet")))
 
 
 def test_a_lone_surrogate_is_named(tmp_path):

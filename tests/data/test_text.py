@@ -53,6 +53,28 @@ def test_text_that_is_not_utf8_is_named_with_its_position(tmp_path):
         load_text(tmp_path)
 
 
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_text("öne", encoding="utf-8-sig")
+    assert load_text(tmp_path) == [Document("a.txt", "öne".encode())]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "x"}]', r"a\.json holds records"),
+        ("a.jsonl", b'{"text": "x"}', r"a\.jsonl holds records"),
+        ("a.parquet", b"", r"a\.parquet holds records"),
+        ("a.txt", "text".encode("utf-16"), r"a\.txt is not UTF-8 but UTF-16"),
+        ("a.txt", b"a\0b", r"a\.txt is no text: byte 0x00 at position 1"),
+        ("a.txt", b"\xef\xbb\xbfa\xff", r"byte 0xff at position 4"),
+    ],
+)
+def test_what_is_no_plain_text_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_text(tmp_path / name)
+
+
 def test_source_without_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         load_text(tmp_path)

@@ -2,6 +2,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -16,12 +17,14 @@ from everlong.evaluation.results import Cell, Estimate, Metric, ModelInfo, Point
 from everlong.evaluation.tables import (
     chapters,
     family_columns,
+    for_markdown,
     number,
     rows_of,
     task_tables,
     title_of,
 )
-from everlong.pictures import spread
+from everlong.pictures import new_figure, spread, svg_of
+from everlong.words import plain
 from legible import faults
 
 
@@ -459,6 +462,66 @@ def test_text_is_escaped(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") > 10
+
+
+EVIL = (
+    "$\\q$",
+    "\x1b[2J\x07",
+    "[x](javascript:alert(1))",
+    "half\udcff",
+    "[/]",
+    "[bold]b",
+    "a\0b",
+    "x\u202ey",
+    "..",
+    "../../up",
+)
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_that_mean_something_elsewhere_are_shown_as_they_are(evil, tmp_path):
+    models = [model(evil), model("other")]
+    cells = [needle(name, length, 5) for name in (evil, "other") for length in (512, 2 * K)]
+    cells += [needle(evil, 512, 5, group=evil), needle(evil, 512, 5, group="g")]
+    metric = {"exact": replace(EXACT, title=evil)}
+    results = results_of(models, cells, title=evil, about=evil, name=evil, metrics=metric)
+    results.cells = [replace(cell, task=evil) for cell in results.cells]
+    results.settings = {"command": f"everlong eval '{evil}'", evil: evil}
+    record = {"index": 0, "scores": {"exact": 0.0}, "tokens": 9} | dict.fromkeys(
+        ("prompt", "wanted", "answer", "group"), evil
+    )
+    (page, markdown, *_) = write_report(results, tmp_path / "out", {(evil, evil): [record]})
+    assert {path.parent for path in tmp_path.rglob("*.*")} == {tmp_path / "out"}
+    told = plain(evil)
+    assert escape(told) in page.read_text()
+    text = markdown.read_text()
+    assert f"| {for_markdown(told)} |" in text
+    assert not re.search(r"(?<!\\)\]\(javascript:", text.partition("## Command")[0])
+    for written in (page.read_text(), text):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", written)
+    console = Console(width=200, record=True)
+    print_tables(results, console)
+    assert told in console.export_text()
+    drawn = list(pictures(results))
+    assert drawn
+    assert any(escape(told, quote=False) in picture.svg for picture in drawn)
+
+
+def test_a_command_ends_in_its_fence():
+    results = results_of([model("a")], [needle("a", 512, 5)])
+    results.settings = {"command": "everlong eval '```\n# a title'"}
+    assert "````bash\neverlong eval '```\n# a title'\n````\n" in to_markdown(results, [])
+
+
+def test_numbers_of_axes_stay_formulas():
+    figure, axes = new_figure()
+    axes.plot([1, 2, 3], [1, 2, 3], label="$\\q$")
+    axes.set_yscale("log")
+    axes.set_xticks([1, 2], ["$\\q$", "b"])
+    axes.legend()
+    svg = svg_of(figure, "x")
+    assert svg.count(r"$\q$") >= 2
+    assert r">$\mathdefault" not in svg  # it stands in comments
 
 
 def test_right_and_wrong_samples_are_shown(tmp_path):

@@ -413,3 +413,37 @@ def test_memory_does_not_grow_with_the_text(build):
     assert cache.get_seq_length() == 60 * PIECE
     assert alive[0] == alive[1]
     assert max(resident[10:59]) - resident[10] < SLACK
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 3, dtype=torch.long)}, "there is a dict"),
+        (torch.tensor([[1, 300]]), r"0 \.\.\. 258.*got 1 \.\.\. 300"),
+        (torch.tensor([[-1, 3]]), r"0 \.\.\. 258.*got -1 \.\.\. 3"),
+    ],
+)
+def test_ids_that_are_none_are_named(ids, message):
+    model = AutoModelForCausalLM.from_config(TitansConfig(vocab_size=259, **SMALL))
+    with pytest.raises(ValueError, match=message):
+        model.memorize(ids)
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([1, 2]), torch.zeros(1, 0, dtype=torch.long), None, "text"]
+)
+def test_generate_from_wants_new_ids(ids):
+    model = AutoModelForCausalLM.from_config(TitansConfig(vocab_size=259, **SMALL))
+    memory = model.memorize(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        model.generate_from(memory, ids)
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "layer_types": ["lmm"],
+    "chunk_size": 8,
+}

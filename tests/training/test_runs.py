@@ -188,3 +188,17 @@ def test_a_run_folder_holds_its_picture_and_logs(tiny_recipe, tmp_path):
     found = json.loads((folder / "provenance.json").read_text())
     assert len(found["data_fingerprint"]) == 32
     assert found["recipe"]["training"]["max_steps"] == 6
+
+
+def test_names_are_no_markup(runs, tmp_path):
+    evil = tmp_path / "runs" / "[bold]x[" / "]:smile:\x1b[2J"
+    evil.mkdir(parents=True)
+    recipe = {"model": {"type": "[/nothing]"}, "seed": 7, "name": "$\\q$"}
+    (evil / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (evil / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    found = find_runs([tmp_path / "runs"])
+    for function in (print_runs, print_differences):
+        text = shown(function, found)
+        assert "[/nothing]" in text
+        assert r"]:smile:\x1b[2J" in text.replace("\n", "")
+    assert plot_losses(tmp_path / "losses.png", found)

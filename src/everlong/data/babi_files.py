@@ -12,6 +12,7 @@ from .babi_solver import answers
 from .babi_story import Story
 from .babi_world import TASKS, simulate
 from .haystack import TEST_SEED
+from .text import read_text
 
 NAMES = {
     "qa1": "single-supporting-fact",
@@ -35,9 +36,9 @@ def read_stories(path: Path) -> list[list[Story]]:
     blocks: list[list[Story]] = []
     numbers: list[int] = []
     facts: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        found = re.fullmatch(r"(\d+) ([^\t]+?)(?: ?\t([^\t]+)\t([\d ]+))?", line.rstrip())
-        if found is None:
+    for line in read_text(path).decode().splitlines():
+        found = re.fullmatch(r"([0-9]+) ([^\t]+?)(?: ?\t([^\t]+)\t([0-9 ]+))?", line.rstrip())
+        if found is None or (not blocks and found[1] != "1"):
             raise ValueError(f"{path} is no file of bAbI: it has the line {line[:80]!r}")
         number, text, answer, supports = found.groups()
         if number == "1":
@@ -47,6 +48,8 @@ def read_stories(path: Path) -> list[list[Story]]:
             numbers.append(int(number))
             facts.append(text)
             continue
+        if not {*map(int, supports.split())} <= {*numbers}:
+            raise ValueError(f"{path} is no file of bAbI: {line[:80]!r} rests on a line that is none")
         rests_on = tuple(numbers.index(int(each)) for each in supports.split())
         blocks[-1].append(Story(tuple(facts), text.strip(), answer, rests_on))
     return blocks

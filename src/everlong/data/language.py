@@ -29,9 +29,10 @@ HELD_OUT_ROWS = 64  # of a streamed text
 class TextConfig(DataConfig):
     """Text, of which every token is to be predicted; the lengths are those of `DataConfig`.
 
-    source: one or several of: a text file (one document), JSONL or JSONL.gz or Parquet (a document a
-        row), a folder of these, a glob pattern, package:NAME (the texts of an installed package), or
-        hub:OWNER/NAME, a data set that `datasets` finds; hub:OWNER/NAME@REVISION pins it.
+    source: one or several of: a text file (one document); JSONL, a JSON array of objects, either packed
+        by gzip, or Parquet (a document a row); a folder of text, JSONL and Parquet; a glob pattern;
+        package:NAME (the texts of an installed package); or hub:OWNER/NAME, a data set that `datasets`
+        finds; hub:OWNER/NAME@REVISION pins it.
     text_column: of JSONL, Parquet and the hub. subset, split: of a data set on the hub.
     max_bytes: read no more text than that, held-out documents included.
     streaming: read and tokenise while training, in the order of the source but for a shuffle among

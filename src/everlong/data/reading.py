@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .text import PACKAGE, check_utf8, find_files
+from everlong.hub import from_hub
+from everlong.words import one_line
+
+from .text import PACKAGE, check_text, find_files
 
 HUB = "hub:"
-JSONL = (".jsonl", ".jsonl.gz")
+JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 PATTERNS = ("*.txt", "*.jsonl", "*.jsonl.gz", "*.parquet")
 PIECE = 2**20  # bytes: a longer text comes in pieces
 
@@ -59,9 +64,9 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """The documents of the sources, one source behind the other, in pieces of about a megabyte.
 
-    A text file is a document; a row of JSONL or Parquet is one, its text in `column`. A document
-    without text is left out. subset, split: of data sets on the hub. max_bytes: read no more text than
-    that; the last document is cut.
+    A text file is a document; a row of JSONL, of a JSON array of objects, or of Parquet is one, its
+    text in `column`. A document without text is left out, and so is a byte-order mark. subset, split:
+    of data sets on the hub. max_bytes: read no more text than that; the last document is cut.
     Raises ValueError for what is no text, naming the file and the place.
     """
     left = max_bytes
@@ -83,8 +88,8 @@ def _read_source(source: str, column: str, subset: str | None, split: str) -> It
         yield from _read_hub(source.removeprefix(HUB), column, subset, split)
         return
     for path in list_files(source):
-        if path.name.endswith(JSONL):
-            yield from _cut_all(_jsonl_texts(path, column))
+        if path.name.endswith(JSON):
+            yield from _cut_all(_text_of(row, column, where) for row, where in json_rows(path))
         elif path.suffix == ".parquet":
             yield from _cut_all(_parquet_texts(path, column))
         else:
@@ -107,17 +112,19 @@ def _text_file(path: Path) -> Iterator[Piece]:
     """A text file is one document. Its pieces end where a paragraph does, if any does."""
     place, rest, starts = 0, b"", True
     with path.open("rb") as file:
+        if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+            place = len(file.read(len(BOM_UTF8)))
         while block := file.read(PIECE):
             text = rest + block
             end = _cut(text) if len(block) == PIECE and file.peek(1) else len(text)
             text, rest = text[:end], text[end:]
-            _check_text(path, text, place)
+            check_text(path, text, place)
             place += len(text)
             if text.strip() or not starts:  # blanks before the first word are no document
                 yield Piece(text, starts)
                 starts = False
     if rest:
-        _check_text(path, rest, place)
+        check_text(path, rest, place)
         if rest.strip() or not starts:
             yield Piece(rest, starts)
 
@@ -141,33 +148,44 @@ def _whole_letters(text: bytes) -> bytes:
     return text
 
 
-def _check_text(path: Path, text: bytes, place: int) -> None:
-    """Refuse bytes that are no text; `place`: of the first one in the file."""
-    if b"\0" in text:
-        raise ValueError(
-            f"{path} is no text: byte 0x00 at position {place + text.index(0)}. Take it out of the "
-            "source; texts may be *.txt, JSONL or Parquet"
-        )
-    check_utf8(path, text, place)
+def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """The values of a file of JSON, and where each stands: of JSONL one a line, blank lines passed
+    over; of one array of objects each item, which takes the whole file into memory.
 
-
-def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
-    """The texts of a JSONL file, one a line; blank lines are passed over."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    Raises ValueError that names the file and the line.
+    """
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rb") as file:
+            place = 0
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-                yield _text_of(row, column, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+                start = len(BOM_UTF8) if not place and line.startswith(BOM_UTF8) else 0
+                check_text(path, line[start:], place + start, number)
+                if not place and line[start:].startswith(b"["):
+                    yield from _items(path, line[start:] + file.read())
+                    return
+                place += len(line)
+                if line[start:].strip():
+                    where = f"{path}, line {number}"
+                    yield _json(line[start:], f"{where} is not JSON, as each line must be"), where
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no gzip file: {error}") from None
+
+
+def _items(path: Path, text: bytes) -> Iterator[tuple[Any, str]]:
+    rows = _json(text, f"{path} begins like a JSON array and is none")
+    if rows and not isinstance(rows[0], dict):
+        yield rows, f"{path}, line 1"  # a row that has no columns
+        return
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path}, item {number}"
+
+
+def _json(text: bytes, wrong: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{wrong}: {one_line(error)}") from None
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
@@ -184,8 +202,8 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     rows += 1
                     yield _text_of({column: text}, column, f"{path}, row {rows}")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged or no Parquet file: {_one_line(error)}") from None
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file: {one_line(error)}") from None
 
 
 def _read_hub(name: str, column: str, subset: str | None, split: str) -> Iterator[Piece]:
@@ -194,12 +212,16 @@ def _read_hub(name: str, column: str, subset: str | None, split: str) -> Iterato
 
     path, _, revision = name.partition("@")
     try:
-        rows = datasets.load_dataset(
-            path, subset, split=split, streaming=True, revision=revision or None
+        rows = from_hub(
+            path,
+            lambda: datasets.load_dataset(
+                path, subset, split=split, streaming=True, revision=revision or None
+            ),
+            "dataset",
         )
     except Exception as error:  # a dozen kinds, from no network to no such split
         raise ValueError(
-            f"hub:{name} cannot be read (subset {subset}, split {split}): {_one_line(error)}"
+            f"hub:{name} cannot be read (subset {subset}, split {split}): {one_line(error)}"
         ) from error
     yield from _cut_all(_text_of(row, column, f"hub:{name}") for row in rows)
 
@@ -221,7 +243,3 @@ def _no_column(column: str, there: Iterable[str], where: str) -> ValueError:
         f"{where} has no column {column!r}"
         f"{f': it has {names}; name the one with the text by text_column' if names else ''}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

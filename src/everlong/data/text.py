@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 PACKAGE = "package:"
+RECORDS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")  # their rows are texts
+CONVERT = "Convert it first, for example with `iconv -f {} -t utf-8`"
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ def load_text(source: str | Path) -> list[Document]:
 
     source: a file; a folder (every *.txt below it); a glob pattern; or `package:NAME`, every *.txt
     and *.md among the files of an installed Python package, which is not imported.
-    Raises FileNotFoundError where nothing is found, ValueError for a text that is not UTF-8 and for
-    a source without any text.
+    A byte-order mark is dropped. Raises FileNotFoundError where nothing is found, ValueError for a
+    text that is not UTF-8, for JSON and Parquet, and for a source without any text.
     """
     root, paths = find_files(str(source))
     documents = [Document(path.relative_to(root).as_posix(), _read(path)) for path in sorted(paths)]
@@ -100,18 +103,37 @@ def _package_folder(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def check_utf8(path: Path, text: bytes, place: int = 0) -> None:
-    """Refuse bytes that are not UTF-8; `place`: of the first one in the file."""
+def read_text(path: Path) -> bytes:
+    """A text file, without its byte-order mark. Raises ValueError for what is no UTF-8."""
+    text = path.read_bytes()
+    start = len(BOM_UTF8) if text.startswith(BOM_UTF8) else 0
+    check_text(path, text[start:], start)
+    return text[start:]
+
+
+def check_text(path: Path, text: bytes, place: int = 0, line: int | None = None) -> None:
+    """Refuse bytes that are no text. place: of the first one in the file; line: they are this one."""
+    if not place and text.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ValueError(f"{path} is not UTF-8 but UTF-16: {CONVERT.format('utf-16')}")
+    where = "" if line is None else f" (line {line})"
     try:
         text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {place + error.start}. "
-            "Convert it first, for example with `iconv -f latin1 -t utf-8`"
+            f"{path} is not UTF-8: byte 0x{text[error.start]:02x} at position {place + error.start}"
+            f"{where}. {CONVERT.format('latin1')}"
         ) from None
+    if b"\0" in text:
+        raise ValueError(
+            f"{path} is no text: byte 0x00 at position {place + text.index(0)}{where}. Take it out of "
+            "the source; texts may be *.txt, JSONL or Parquet"
+        )
 
 
 def _read(path: Path) -> bytes:
-    text = path.read_bytes()
-    check_utf8(path, text)
-    return text
+    if path.name.endswith(RECORDS):
+        raise ValueError(
+            f"{path} holds records, and wanted is plain text: write the texts into *.txt files, or "
+            "use data.task: text, which reads JSON and Parquet"
+        )
+    return read_text(path)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from everlong.hub import from_hub
+from everlong.words import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -53,12 +56,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = from_hub(name, lambda: AutoTokenizer.from_pretrained(name))
     except Exception as error:  # a dozen kinds, from no network to a file that is no JSON
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"no tokenizer can be loaded from {name!r} ({reason}): give {BYTES!r}, a folder that "
-            "`everlong tokenizer` or save_pretrained wrote, or a hub id"
+            f"no tokenizer can be loaded from {name!r} ({one_line(error)}): give {BYTES!r}, "
+            "a folder that `everlong tokenizer` or save_pretrained wrote, or a hub id"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

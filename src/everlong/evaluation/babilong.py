@@ -26,6 +26,8 @@ from everlong.data.babilong import TASKS, BabilongDataset
 from everlong.data.config import digest
 from everlong.data.corpus import cache_home
 from everlong.data.ruler import Coder
+from everlong.hub import from_hub
+from everlong.words import one_line
 
 from .haystack import check_length, check_whole
 from .results import Metric, TaskInfo
@@ -317,12 +319,15 @@ def _published(where: str, task: str, length: int) -> Any:
     if length % 1024:
         raise ValueError(f"the published samples have lengths of 1k, 2k and so on, not {length}")
     try:
-        return datasets.load_dataset(where, name=name, split=task, cache_dir=_rows_folder(where))
+        return from_hub(
+            where,
+            lambda: datasets.load_dataset(where, name=name, split=task, cache_dir=_rows_folder(where)),
+            "dataset",
+        )
     except Exception as error:  # no network, no such folder, no such configuration: many kinds
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the samples of {task} at {name} cannot be read from {where} ({reason}): where the hub is "
-            f"out of reach, download the data set {HUB} elsewhere (`hf download {HUB} --repo-type "
+            f"the samples of {task} at {name} cannot be read from {where} ({one_line(error)}): "
+            f"where the hub is out of reach, download {HUB} elsewhere (`hf download {HUB} --repo-type "
             "dataset --local-dir FOLDER`), copy the folder here and give --babilong FOLDER"
         ) from error
 

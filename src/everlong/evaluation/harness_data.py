@@ -15,12 +15,14 @@ column `text`, or the raw text files), which are put together to its articles.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from everlong.data.reading import json_rows
+from everlong.data.text import read_text
+from everlong.words import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,22 +107,25 @@ def _read(files: Iterable[Path]) -> Dataset:
 
 def _read_file(path: Path) -> Dataset:
     """The rows of one file, in memory: `datasets` then writes nothing beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    if path.name.endswith(".arrow"):
-        return Dataset.from_file(str(path), in_memory=True)
-    if path.name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-        from datasets.table import InMemoryTable
-
-        return Dataset(InMemoryTable(parquet.read_table(path)))
-    content = path.read_bytes()
-    if path.name.endswith(".gz"):
-        content = gzip.decompress(content)
-    lines = content.decode("utf-8").split("\n")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return Dataset.from_list([json.loads(line) for line in lines if line.strip()])
-    return Dataset.from_list([{"text": line} for line in lines])
+    try:
+        if path.name.endswith(".arrow"):
+            return Dataset.from_file(str(path), in_memory=True)
+        if path.name.endswith(".parquet"):
+            return Dataset(InMemoryTable(parquet.read_table(path)))
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            return Dataset.from_list([row for row, _ in json_rows(path)])
+    except (
+        pa.ArrowException,
+        AttributeError,
+        OSError,
+    ) as error:  # rows that are no objects
+        raise ValueError(f"{path} is damaged or holds no rows: {one_line(error)}") from error
+    return Dataset.from_list([{"text": line} for line in read_text(path).decode().split("\n")])
 
 
 def _boolq(rows: Dataset) -> Dataset:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from everlong.hub import from_hub
+
 from .harness_data import load_local
 
 
@@ -66,14 +68,16 @@ def _data_from(data_dir: str | Path | None) -> Iterator[None]:
     """lm-eval's tasks that are made inside look for their data in a folder, then on the hub."""
     from lm_eval.api.task import ConfigurableTask
 
-    from_hub = ConfigurableTask.download
+    original = ConfigurableTask.download
 
     def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if data_dir is not None and _take_local(task, data_dir):
             return
         task.source = f"hub: {task.DATASET_PATH}"
         try:
-            from_hub(task, dataset_kwargs, **kwargs)
+            from_hub(
+                str(task.DATASET_PATH), lambda: original(task, dataset_kwargs, **kwargs), "dataset"
+            )
         except Exception as error:  # offline, unknown, gated, broken: each its own kind
             raise ValueError(_missing(task, data_dir, error)) from error
 
@@ -81,7 +85,7 @@ def _data_from(data_dir: str | Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ConfigurableTask.download = from_hub
+        ConfigurableTask.download = original
 
 
 def _take_local(task: Any, data_dir: str | Path) -> bool:

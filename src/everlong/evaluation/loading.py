@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
+from everlong import strict_yaml
 from everlong.data.config import DataConfig
+from everlong.hub import from_hub
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
+from everlong.words import one_line
 
 from .results import ModelInfo
 from .subject import Subject
@@ -48,8 +50,8 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     where = _where(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = from_hub(folder, lambda: AutoModelForCausalLM.from_pretrained(**where))
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
@@ -107,10 +109,10 @@ def load_outline(folder: str | Path, **options: Any) -> Subject:
 
     where = _where(folder)
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = from_hub(folder, lambda: AutoConfig.from_pretrained(**where))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
     except Exception as error:
         raise ValueError(_unloadable(folder, error)) from error
     return _subject(folder, model, tokenizer, options)
@@ -138,11 +140,41 @@ def name_apart(infos: Sequence[ModelInfo]) -> list[ModelInfo]:
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe of a run folder, or of the run that a checkpoint folder lies in; empty if none."""
+    """The recipe of a run folder, or of the run that a checkpoint folder lies in; empty if none. Raises
+    ValueError for a file that is no recipe."""
     for place in (folder, folder.resolve().parent):
         if (place / RECIPE_FILE).is_file():
-            return yaml.safe_load((place / RECIPE_FILE).read_text(encoding="utf-8"))
+            return _checked(strict_yaml.load_file(place / RECIPE_FILE), place / RECIPE_FILE)
     return {}
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """What training came to, as it wrote it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no fields")
+    return found
+
+
+def _checked(recipe: Any, file: Path) -> dict[str, Any]:
+    """A recipe whose fields that are asked for here have their types; {} of an empty file."""
+    recipe = {} if recipe is None else recipe
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file} is no recipe: it holds {str(recipe)[:80]!r}")
+    data = recipe.get("data") or {}
+    fields: dict[str, tuple[Any, type]] = {
+        "name": (recipe.get("name"), str),
+        "seed": (recipe.get("seed"), int),
+        "data": (data, dict),
+        "data.length": (data.get("length") if isinstance(data, dict) else None, int),
+    }
+    for name, (value, kind) in fields.items():
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{file}: {name} is no {kind.__name__}: {str(value)[:80]!r}")
+    return {**recipe, "data": data}
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -186,7 +218,7 @@ def _subject(
     result = path / RESULT_FILE
     about = {"recipe": recipe["name"]} if recipe.get("name") else {}
     if result.is_file():
-        about |= json.loads(result.read_text(encoding="utf-8"))
+        about |= _result(result)
     info = ModelInfo(
         name=label,
         label=label,
@@ -252,13 +284,9 @@ def _where(folder: str | Path) -> dict[str, Any]:
 
 
 def _unloadable(folder: str | Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if not Path(folder).is_dir():
-        return (
-            f"{folder} can be loaded neither from a folder nor from the hub ({reason}): where the hub "
-            f"is out of reach, download it elsewhere (`hf download {folder} --local-dir FOLDER`), copy "
-            "the folder here and name it"
-        )
+        return f"{folder} can be loaded neither from a folder nor from the hub: {reason}"
     return (
         f"{folder} cannot be loaded: {reason}. If a file of it is cut short, "
         "train it anew or name an earlier checkpoint"

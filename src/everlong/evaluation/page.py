@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from everlong.pictures import INK, PAPER
+from everlong.words import plain_all
 
 from .plots import Picture, pictures
 from .results import Metric, Results, TaskInfo
@@ -46,6 +47,7 @@ def write_html(
     drawn: Iterable[Picture] | None = None,
 ) -> None:
     """Write the page. samples: a few of them are shown. drawn: the pictures, if they are there."""
+    results, samples = results.plain(), plain_all(samples)
     by_place: dict[str, list[Picture]] = {}
     for picture in pictures(results) if drawn is None else drawn:
         by_place.setdefault(picture.of, []).append(picture)

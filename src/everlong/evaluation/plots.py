@@ -110,6 +110,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def pictures(results: Results) -> Iterator[Picture]:
     """The pictures of each chapter, then of its tasks."""
+    results = results.plain()
     for chapter in chapters(results):
         if chapter.is_family:
             yield from _family_mean(results, chapter.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,16 @@ from rich.text import Text
 from .page import Samples, subtitle_of_report, title_of_report, write_html
 from .plots import Picture, pictures
 from .results import Results
-from .tables import Table, anchor, chapters, chosen, models_table, task_tables, turned
+from .tables import (
+    Table,
+    anchor,
+    chapters,
+    chosen,
+    for_markdown,
+    models_table,
+    task_tables,
+    turned,
+)
 
 WIDE = 10_000  # characters: a line that no table fills
 NAME, HEAD = 24, 16  # characters: longer ones are folded, before a table loses columns
@@ -32,28 +42,30 @@ def write_report(results: Results, folder: Path, samples: Samples | None = None)
 
 def to_markdown(results: Results, drawn: list[Picture]) -> str:
     """The tables as Markdown, with links to the pictures in the same folder."""
-    parts = [f"# {title_of_report(results)}", subtitle_of_report(results)]
+    results = results.plain()
+    parts = [f"# {for_markdown(title_of_report(results))}", for_markdown(subtitle_of_report(results))]
     parts += ["## Models", models_table(results).markdown()]
     for chapter in chapters(results):
-        parts.append(f"## {chapter.title}")
+        parts.append(f"## {for_markdown(chapter.title)}")
         is_one = len(chapter.tasks) == 1 and not chapter.is_family
         if not is_one:
             parts += _links(drawn, chapter.name)
         parts += [table.markdown() for table in chapter.tables]
         for task in chapter.tasks:
-            parts += [] if is_one else [f"### {task.title}"]
-            parts += [task.about, *_links(drawn, task.name)]
+            parts += [] if is_one else [f"### {for_markdown(task.title)}"]
+            parts += [for_markdown(task.about), *_links(drawn, task.name)]
             parts += [table.markdown() for table in task_tables(results, task)]
     command = results.settings.get("command")
     if command:
-        parts += ["## Command", f"```bash\n{command}\n```"]
+        fence = max(["```", *(f"{each}`" for each in re.findall("`+", str(command)))], key=len)
+        parts += ["## Command", f"{fence}bash\n{command}\n{fence}"]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
     """Print the tables; of a family the one that has all its tasks."""
     console = console or Console()
-    for title, table in _printed(results):
+    for title, table in _printed(results.plain()):
         if title:
             console.print(Text(f"\n{title}", "bold"))
         for part in _fitting(table, console):
@@ -101,4 +113,5 @@ def _printed(results: Results) -> Iterator[tuple[str, Table]]:
 
 
 def _links(drawn: list[Picture], of: str) -> list[str]:
-    return [f"![{picture.about}]({anchor(picture.name)}.png)" for picture in drawn if picture.of == of]
+    shown = [picture for picture in drawn if picture.of == of]
+    return [f"![{for_markdown(each.about)}]({anchor(each.name)}.png)" for each in shown]

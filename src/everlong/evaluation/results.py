@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from everlong.provenance import provenance
+from everlong.words import plain_all
 
 NUM_DEPTH_BINS = 10
 FORMAT = 2  # of results.json
@@ -198,6 +199,10 @@ class Results:
             and (length is None or cell.length == length)
         ]
 
+    def plain(self) -> Results:
+        """It with each text as it may be shown (`everlong.words.plain`)."""
+        return Results._of(plain_all(dataclasses.asdict(self)))
+
     def lengths(self, tasks: Iterable[str] | None = None) -> list[int]:
         """The lengths of the cells (of these tasks), the shortest first."""
         wanted = None if tasks is None else set(tasks)
@@ -226,10 +231,14 @@ class Results:
             raise ValueError(f"{path} is not whole ({error}): run the evaluation again") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f"{path} holds no results of this version of everlong: run it again")
-        values["tasks"] = [_task(each) for each in values["tasks"]]
-        values["models"] = [ModelInfo(**each) for each in values["models"]]
-        values["cells"] = [_cell(each) for each in values["cells"]]
-        return cls(**values)
+        return cls._of(values)
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> Results:
+        tasks = [_task(each) for each in values["tasks"]]
+        models = [ModelInfo(**each) for each in values["models"]]
+        cells = [_cell(each) for each in values["cells"]]
+        return cls(**{**values, "tasks": tasks, "models": models, "cells": cells})
 
 
 def _plain(value: Any) -> Any:

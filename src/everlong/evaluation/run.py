@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from rich.progress import (
 
 from everlong.data.config import digest
 from everlong.pictures import short_name
+from everlong.words import file_name, parse_size, plain
 
 from .loading import load_outline, load_subject, name_apart
 from .results import FORMAT, Cell, Results
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
+LENGTHS = "lengths are token numbers such as 512,1k,1m"
+SAMPLES = "samples are a number, or numbers up to lengths such as 16k:100,128k:20"
+LONGEST, MOST_SAMPLES = 1 << 30, 1 << 20  # what fits into a memory
 SHOWN = 5  # samples of each cell that a report shows
 
 
@@ -49,12 +52,10 @@ class SampleCounts:
         parts = []
         for part in text.split(","):
             length, colon, number = part.strip().rpartition(":")
-            if not number.isdigit() or int(number) < 1 or bool(colon) != bool(length):
-                raise ValueError(
-                    "samples are a number, or numbers up to lengths such as 16k:100,128k:20, "
-                    f"got {text!r}"
-                )
-            parts.append((parse_length(length) if colon else None, int(number)))
+            count = parse_size(number, f"{SAMPLES}, got {text!r}: a part of it")
+            if not 1 <= count <= MOST_SAMPLES or bool(colon) != bool(length):
+                raise ValueError(f"{SAMPLES}, 1 ... {MOST_SAMPLES:,} each, got {text!r}")
+            parts.append((parse_length(length) if colon else None, count))
         ends = [end for end, _ in parts if end is not None]
         if ends != sorted(set(ends)) or any(end is None for end, _ in parts[:-1]):
             raise ValueError(
@@ -72,14 +73,14 @@ class SampleCounts:
 
 
 def parse_length(text: str) -> int:
-    """512, 1k = 1,024, 2m = 2 x 1,024 x 1,024; 0k is 0, a text without noise.
+    """Tokens: 512, 1k = 1,024, 2m = 2 x 1,024 x 1,024; 0k is 0, a text without noise.
 
     Raises ValueError for another form.
     """
-    found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
-    if found is None:
-        raise ValueError(f"lengths are token numbers such as 512,1k,1m, got {text!r}")
-    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]]
+    length = parse_size(text, LENGTHS)
+    if length > LONGEST:
+        raise ValueError(f"{LENGTHS}, {length_name(LONGEST)} at most, got {text!r}")
+    return length
 
 
 @dataclass
@@ -98,8 +99,7 @@ class _Job:
         length = "" if self.length is None else f"-{self.length}"
         # Not the label, which depends on the other models.
         path = Path(subject.info.path)
-        name = path.resolve().name if path.is_dir() else str(path)
-        model = re.sub(r"[^\w.-]+", "_", name)
+        model = file_name(path.resolve().name if path.is_dir() else str(path)) or "_"
         return Samples(folder / model, f"{self.task.info.name}{length}-{hashed}", rank)
 
     def cost(self, subject: Subject, samples: int) -> int:
@@ -245,7 +245,7 @@ class _Bar:
 
     def __init__(self, console: Console, total: int, *, shown: bool) -> None:
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -269,7 +269,7 @@ class _Bar:
 
     def begin(self, description: str, tokens: int) -> None:
         """A part of the work, of about so many tokens."""
-        self.bar.update(self.task, description=description)
+        self.bar.update(self.task, description=plain(description))
         self.left = tokens
 
     def advance(self, tokens: int) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from everlong.words import file_name
+
 from .results import Cell, Estimate, Metric, ModelInfo, Results, TaskInfo
 from .run import length_name
 
@@ -35,14 +37,15 @@ class Table:
 
     def markdown(self) -> str:
         """As a Markdown table; a block's name is a row of its own."""
-        lines = [self.head, ["---"] * self.left + ["---:"] * (len(self.head) - self.left)]
+        ruler = ["---"] * self.left + ["---:"] * (len(self.head) - self.left)
+        lines = [list(map(for_markdown, self.head)), ruler]
         for name, rows in self.blocks:
             if name:
-                lines.append([f"**{name}**", *[""] * (len(self.head) - 1)])
-            lines += rows
-        text = "".join(f"| {' | '.join(map(_for_markdown, line))} |\n" for line in lines)
-        notes = "".join(f"\n{_for_markdown(note)}\n" for note in self.notes)
-        return f"{_for_markdown(self.caption)}:\n\n{text}{notes}"
+                lines.append([f"**{for_markdown(name)}**", *[""] * (len(self.head) - 1)])
+            lines += [list(map(for_markdown, row)) for row in rows]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        notes = "".join(f"\n{for_markdown(note)}\n" for note in self.notes)
+        return f"{for_markdown(self.caption)}:\n\n{text}{notes}"
 
     def rich(self) -> RichTable:
         """For a terminal."""
@@ -357,7 +360,7 @@ def number(value: float, metric: Metric, samples: int = 0) -> str:
 
 def anchor(name: str) -> str:
     """A name as a file, or a place of a page, may be called."""
-    return re.sub(r"[^\w.-]+", "_", name)
+    return file_name(name)
 
 
 def _column(
@@ -485,5 +488,6 @@ def _from_to(counts: set[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
-def _for_markdown(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def for_markdown(text: str) -> str:
+    """A text that means nothing in Markdown: no link, tag, formula or end of a cell."""
+    return re.sub(r"[\\`*\[\]<>|$&~]", r"\\\g<0>", " ".join(text.split()))

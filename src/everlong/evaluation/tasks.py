@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everlong.data.babilong import TASKS as BABI_TASKS
+from everlong.words import did_you_mean
 
 from .babilong import NAME, babilong_tasks
 from .harness_load import UnknownTask
@@ -83,4 +84,6 @@ def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[
     try:
         return harness_tasks([name], data_dir=options.data_dir, num_fewshot=options.num_fewshot)
     except UnknownTask as error:
-        raise ValueError(f"{name!r} is none of everlong's tasks ({', '.join(OWN)}); {error}") from error
+        raise ValueError(
+            f"{name!r} is none of everlong's tasks ({', '.join(OWN)}); {error}{did_you_mean(name, OWN)}"
+        ) from error

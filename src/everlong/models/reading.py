@@ -1,7 +1,7 @@
 """A long text in pieces: what it may be given as, how it is cut, and how its reading is shown."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,8 @@ def default_piece(config: Any) -> int:
 
 def text_length(input_ids: Any) -> int | None:
     """T of a tensor or an array [B, T], None of an iterable; raises ValueError for anything else."""
-    if hasattr(input_ids, "shape") or isinstance(input_ids, str) or not isinstance(input_ids, Iterable):
+    is_one = isinstance(input_ids, (str, Mapping)) or not isinstance(input_ids, Iterable)
+    if hasattr(input_ids, "shape") or is_one:
         _check_ids(input_ids)
         return int(input_ids.shape[1])
     return None

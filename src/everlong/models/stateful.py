@@ -186,7 +186,7 @@ class StatefulDecoder:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         outputs, cache = self.read(
             x, attention_mask, position_ids, past_key_values, use_cache, output_memory
         )
@@ -203,6 +203,18 @@ class StatefulDecoder:
             written=torch.stack(written).mean(0) if written else None,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
+
+    def embed(self, input_ids: Tensor | None) -> Tensor:
+        """input_ids [B, T] as vectors [B, T, D]. Raises ValueError for one outside the vocabulary, on
+        the CPU; elsewhere nobody looks, which would cost a wait for the device."""
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            assert input_ids is not None
+            raise ValueError(
+                f"input_ids must lie in 0 ... {self.config.vocab_size - 1}, the vocabulary, got "
+                f"{int(input_ids.min())} ... {int(input_ids.max())}: take the model's own tokenizer"
+            ) from error
 
     def read(
         self,
@@ -537,6 +549,11 @@ class StatefulCausalLM:
             raise ValueError(
                 "generate_from goes on from a MemoryCache and keeps what it reads there: give one, and "
                 "leave use_cache on"
+            )
+        if not text_length(input_ids):
+            raise ValueError(
+                f"generate_from goes on behind new tokens: input_ids must be a tensor [B, T] with at "
+                f"least one, got {list(getattr(input_ids, 'shape', ()))}"
             )
         cache = past_key_values.copy()
         batch = input_ids.shape[0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from .names import check_names, one_line
+from everlong.words import check_names, one_line
+
 from .processes import launch_defaults
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     check_names(fields, valid, "training.")
     _check_refused(fields)
+    check_given(fields, hints, "training.")
     hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
     defaults = {
         **launch_defaults(recipe.model, fields),
@@ -101,6 +103,13 @@ def _check_values(arguments: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"training.{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def check_given(values: dict[str, Any], types: dict[str, Any], prefix: str) -> None:
+    """Refuse None where the type has none: jsonargparse takes it for any type."""
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise ValueError(f"{prefix}{name} has no value: give one, or leave it out for its default")
 
 
 def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from .names import check_names, nearest, one_line
+from everlong.hub import from_hub
+from everlong.words import check_names, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,10 @@ def build_model_config(recipe: Recipe) -> PretrainedConfig:
 
     from everlong.models import model_config
 
+    for name in ("type", "preset", "path"):
+        value = recipe.model.get(name, "")
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"model.{name} is one name, got {value!r}")
     if "path" in recipe.model:
         return _config_at(recipe)
     fields = {**recipe.model}
@@ -61,10 +66,14 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     path, kind = fields.pop("path"), fields.pop("type", None)
     try:
         if kind is not None:
-            model = WRAPPED[kind](path, fields)
+            model = from_hub(path, lambda: WRAPPED[kind](path, fields))
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path, config=build_model_config(recipe), output_loading_info=True
+            config = build_model_config(recipe)
+            model, loading = from_hub(
+                path,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    path, config=config, output_loading_info=True
+                ),
             )
     except Exception as error:  # transformers raises several kinds, all of them about files and fields
         raise ValueError(f"model.path {path} cannot be loaded: {one_line(error)}") from error
@@ -108,14 +117,14 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     if not isinstance(path, str):
         raise ValueError(f"model.path is a folder or hub id, got {path!r}")
     try:
-        found = AutoConfig.from_pretrained(path)
+        found = from_hub(path, lambda: AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path {path} holds no model: {one_line(error)}") from error
     named = "name the tokenizer of that model as data.tokenizer"
     _check_vocabulary(found.vocab_size, len(recipe.data.build_tokenizer()), named)
     if kind is None:
         fields = _config_fields(found.model_type, fields)
-        return AutoConfig.from_pretrained(path, **fields)
+        return from_hub(path, lambda: AutoConfig.from_pretrained(path, **fields))
     if kind not in WRAPPED:
         raise ValueError(
             f"model.type {kind!r} with model.path: leave type out to go on from the model there, or "
@@ -126,8 +135,8 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     return found
 
 
-def _check_vocabulary(size: int, tokens: int, advice: str) -> None:
-    if size < tokens:
+def _check_vocabulary(size: Any, tokens: int, advice: str) -> None:
+    if not isinstance(size, int) or size < tokens:
         raise ValueError(
             f"model.vocab_size must be at least {tokens}, which is the vocabulary of the recipe's "
             f"tokenizer, got {size}: {advice}"
@@ -165,9 +174,11 @@ def _base_config(given: Any) -> dict[str, Any]:
     """The fields of the model inside an RMT, by their names."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if not isinstance(given or {}, dict):
+        raise ValueError(f"model.base_config must hold fields, got {given!r}")
     inner = {"model_type": "llama", **(given or {})}
     kind = inner["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(
             f"unknown model.base_config.model_type {kind!r}{nearest(str(kind), CONFIG_MAPPING.keys())}"
         )

@@ -57,7 +57,7 @@ class TrainingProgress(TrainerCallback):
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True, quiet=not shown),
+            console=Console(stderr=True, quiet=not shown, markup=False),
             disable=not shown,
         )
         self._seconds_before = 0.0

@@ -14,21 +14,26 @@ seed, output_dir, name: see Recipe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
 from everlong.data.tokenizer import BYTES
 from everlong.provenance import RECIPE_FILE
+from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
-from .arguments import build_training_arguments
+from .arguments import build_training_arguments, check_given
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
-from .names import check_names, one_line
+
+NAME = r"(?!\.+$)[^/\\\0]{1,200}"  # of one folder
+INNER = "model.base_config."
 
 
 @dataclass
@@ -53,8 +58,7 @@ class Evaluation:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
         for task in self.tasks:
             if task not in HAYSTACKS:
-                known = ", ".join(HAYSTACKS)
-                raise ValueError(f"unknown evaluation.tasks {task!r}: known are {known}")
+                raise ValueError(_unknown("evaluation.tasks", task, HAYSTACKS))
         if self.tasks and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"evaluation.lengths are token numbers, got {self.lengths}")
 
@@ -73,7 +77,7 @@ class Guards:
     skipped_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_memory <= 0 or self.skipped_steps < 0:
+        if not self.max_memory > 0 or self.skipped_steps < 0:  # NaN is not either
             raise ValueError(
                 "guards.max_memory must be positive and guards.skipped_steps at least 0, "
                 f"got {self.max_memory} and {self.skipped_steps}"
@@ -99,9 +103,18 @@ class Recipe:
     seed: int = 0
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(NAME, self.name):
+            raise ValueError(
+                "name is that of a folder: without / and \\, not of dots alone, 200 letters at most, "
+                f"got {self.name!r}"
+            )
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must lie in 0 ... {(1 << 32) - 1}, got {self.seed}")
+
     def to_yaml(self) -> str:
         """The recipe with all that its file leaves to defaults but the model's and Trainer's own."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return strict_yaml.dump(dataclasses.asdict(self))
 
     def save(self, folder: str | Path) -> None:
         """Write the recipe to `folder`/recipe.yaml, whence `load_recipe` reads it back."""
@@ -124,14 +137,15 @@ def known_recipes() -> dict[str, Path]:
 def find_recipe(recipe: str | Path) -> Path:
     """The file of a recipe, given as a path or as the name of a known one."""
     path = Path(recipe)
-    if path.is_file():
-        return path
     known = known_recipes()
-    if path.stem in known and path.suffix in ("", ".yaml"):
+    if "\0" not in str(recipe) and path.is_file():
+        return path
+    if str(path.parent) in (".", "recipes") and path.suffix in ("", ".yaml") and path.stem in known:
         return known[path.stem]
+    near = did_you_mean(path.stem, known)
     raise ValueError(
-        f"unknown recipe {str(recipe)!r}: give the path of a YAML file, or one of the known names: "
-        f"{', '.join(known)}"
+        f"unknown recipe {str(recipe)!r}"
+        + (near or f": give the path of a YAML file, or one of the known names: {', '.join(known)}")
     )
 
 
@@ -144,8 +158,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(recipe)
     task = _check_file_names(path)
-    _check_override_names(overrides, task)
-    values = _parse(path, overrides, task)
+    pairs = _pairs(overrides)
+    _check_override_names(pairs, task)
+    values = _parse(path, pairs, task)
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
     loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
     config = build_model_config(loaded)
@@ -170,16 +185,18 @@ def _check_tasks(recipe: Recipe) -> None:
 _PARTS = {"evaluation": Evaluation, "guards": Guards}
 
 
+def _unknown(field: str, value: Any, known: Iterable[str]) -> str:
+    listed = f": known are {', '.join(known)}"
+    return f"unknown {field} {value!r}{did_you_mean(value, known) or listed}"
+
+
 def _names(config: type) -> list[str]:
     return [each.name for each in dataclasses.fields(config)]
 
 
 def _check_file_names(path: Path) -> type[DataConfig]:
     """Refuse a file with names that no recipe has; the configuration of its task."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
+    values = strict_yaml.load_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it must hold {', '.join(_names(Recipe))}")
     check_names(values, _names(Recipe))
@@ -189,7 +206,7 @@ def _check_file_names(path: Path) -> type[DataConfig]:
     data = values.get("data", {})
     task = data.get("task", "needle")
     if not isinstance(task, str) or task not in TASKS:
-        raise ValueError(f"unknown data.task {task!r}: known are {', '.join(TASKS)}")
+        raise ValueError(_unknown("data.task", task, TASKS))
     check_names(data, _names(TASKS[task]), "data.")
     for part, kind in _PARTS.items():
         check_names(values.get(part, {}), _names(kind), f"{part}.")
@@ -198,44 +215,72 @@ def _check_file_names(path: Path) -> type[DataConfig]:
     return TASKS[task]
 
 
-def _check_override_names(overrides: Sequence[str], task: type[DataConfig]) -> None:
-    for option in overrides:
-        if option.startswith("--"):
-            part, _, name = option[2:].split("=")[0].partition(".")
-            check_names([part], _names(Recipe))
-            if part == "data" and name == "task":
-                raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
-            if part in ("data", *_PARTS):
-                check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and values of ["--training.max_steps", "100", "--data.length=256"]."""
+    pairs = []
+    rest = iter(overrides)
+    for option in rest:
+        name, equals, value = option.partition("=")
+        given = value if equals else next(rest, None)
+        if given is None or not name.startswith("--"):
+            raise ValueError(f"{option} has no value: give {option}=VALUE")
+        pairs.append((name[2:], given))
+    return pairs
 
 
-def _parse(path: Path, overrides: Sequence[str], task: type[DataConfig]) -> dict[str, Any]:
+def _check_override_names(overrides: Sequence[tuple[str, str]], task: type[DataConfig]) -> None:
+    for option, _ in overrides:
+        part, _, name = option.partition(".")
+        check_names([part], _names(Recipe))
+        if part == "data" and name == "task":
+            raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
+        if part in ("data", *_PARTS):
+            check_names([name], _names({"data": task, **_PARTS}[part]), f"{part}.")
+
+
+def _in_digits(option: str, value: str, task: type[DataConfig]) -> str:
+    """4k as 4096 where a whole number is wanted."""
+    part, _, name = option.rpartition(".")
+    kind = {"": Recipe, "data": task, **_PARTS}.get(part)
+    hint = get_type_hints(kind).get(name) if kind else None
+    is_size = int in (hint, *get_args(hint)) and re.fullmatch(SIZE, value)
+    return str(size_of(value)) if is_size else value
+
+
+def _parse(path: Path, overrides: list[tuple[str, str]], task: type[DataConfig]) -> dict[str, Any]:
     """The file's values and the overrides, typed."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_loader
 
-    inner, overrides = _inner_fields(overrides)
-    parser = ArgumentParser(exit_on_error=False)
+    set_loader("strict", strict_yaml.load, (yaml.YAMLError,))
+    parser = ArgumentParser(exit_on_error=False, parser_mode="strict")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(Recipe, skip={"data"})
     parser.add_class_arguments(task, "data")
+    outer = [
+        f"--{option}={_in_digits(option, value, task)}"
+        for option, value in overrides
+        if not option.startswith(INNER)
+    ]
     try:
-        values = parser.parse_args(["--config", str(path), *overrides]).as_dict()
+        values = parser.parse_args(["--config", str(path), *outer]).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{path.name}: {one_line(error)}") from error
     values.pop("config")
+    for part, kind in {"": Recipe, "data": task, **_PARTS}.items():
+        check_given(values[part] if part else values, get_type_hints(kind), f"{part}." if part else "")
+    inner = _inner_fields(overrides)
     if inner:
         values["model"]["base_config"] = {**(values["model"].get("base_config") or {}), **inner}
     return values
 
 
-def _inner_fields(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Overrides of fields of model.base_config, and the other ones."""
-    prefix, fields, others = "--model.base_config.", {}, []
-    rest = iter(overrides)
-    for option in rest:
-        if option.startswith(prefix):
-            name, equals, value = option.removeprefix(prefix).partition("=")
-            fields[name] = yaml.safe_load(value if equals else next(rest, ""))
-        else:
-            others.append(option)
-    return fields, others
+def _inner_fields(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Overrides of fields of model.base_config."""
+    fields = {}
+    for option, value in overrides:
+        if option.startswith(INNER):
+            try:
+                fields[option.removeprefix(INNER)] = strict_yaml.load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{option}: {one_line(error)}") from error
+    return fields

@@ -11,17 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from everlong import strict_yaml
 from everlong.pictures import LINE, log_if_wide, look, new_figure, save_figure, short_name
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
+from everlong.words import shown
 
 from .changes import flat_fields
-from .names import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
@@ -55,11 +54,10 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def _read(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))  # which JSON is too
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+            values = strict_yaml.load_file(self.folder / name)  # which JSON is too
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
         return values if isinstance(values, dict) else {}
 
     def last(self, name: str) -> Any:
@@ -103,8 +101,8 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
-            Text(str(run.folder)),
-            Text(run.model),
+            shown(run.folder),
+            shown(run.model),
             _size(run.result.get("parameters")),
             run.steps,
             _size(run.last("tokens")),
@@ -130,9 +128,9 @@ def print_differences(runs: Sequence[Run], console: Console | None = None) -> No
         for told, run in zip(_told(values), runs, strict=True):
             folders.setdefault(told, []).append(os.path.relpath(run.folder, shared))
         if len(folders) > 1 and name not in ("name", "output_dir"):
-            table.add_row(Text(name, "bold"), "")
+            table.add_row(shown(name, "bold"), "")
             for told, whose in folders.items():
-                table.add_row(Text(f"  {told}"), Text(", ".join(whose)))
+                table.add_row(shown(f"  {told}"), shown(", ".join(whose)))
     console.print(table if table.row_count else "the recipes are the same")
 
 
