@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from everlong.layers.weight import OwnStart
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
@@ -126,6 +127,7 @@ class StatefulPreTrained:
 
     config: Any
     num_parameters: Callable[[], int]
+    _init_weights: Callable[[nn.Module], None]
     # Of a call: what counts tokens stays on the CPU, wherever a layer is.
     _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
     _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
@@ -135,6 +137,13 @@ class StatefulPreTrained:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_card(save_directory, self.config, self.num_parameters())
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As in `transformers`; our layers take no other rules than those of our models."""
+        if isinstance(module, OwnStart) and module.lacks_start:
+            self._init_weights(module)
+            module.is_started = True
+        super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         function = kwargs.get("gradient_checkpointing_func")
