@@ -13,6 +13,7 @@ from everlong.data import byte_tokenizer
 from everlong.models import MemoryCache
 from everlong.models.modeling_titans import TitansLayer
 from everlong.models.presets import PRESETS
+from everlong.ops import backends, use_backend
 from numerics import assert_close
 from subjects import CHUNK, SEGMENT, VOCABULARY, lm2, rmt, titans
 
@@ -212,6 +213,26 @@ def test_gradient_checkpointing_changes_nothing(kind):
             model.activation_checkpointing_enable()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name], precision(kind))
+
+
+@ANY
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_gradient_checkpointing_computes_again_by_the_same_back_end(kind, backend):
+    """Of the forward pass, whatever is in force in the backward pass."""
+    if backend not in backends():
+        pytest.skip("no compiler here")
+    model, ids, grads = make(kind).train(), text(), []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        with use_backend(backend):
+            loss = model(ids, labels=ids).loss
+        with use_backend({"eager": "native", "native": "eager"}[backend]):
+            loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name in grads[0]:
         assert_close(name, grads[1][name], grads[0][name], precision(kind))

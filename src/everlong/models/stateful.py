@@ -6,6 +6,7 @@ a cache, documents in rows of their own, gradients cut where that is wanted, `me
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from everlong.layers.weight import OwnStart
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
+from everlong.ops import current_backend, use_backend
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
@@ -152,7 +154,22 @@ class StatefulPreTrained:
                 "use_reentrant=True cannot checkpoint a layer that hands out its memory: leave it out, "
                 "or say use_reentrant=False"
             )
+        if function is not None:
+            kwargs["gradient_checkpointing_func"] = partial(_by_one_backend, function)
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+
+def _by_one_backend(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """checkpoint(function, *args), which is computed again by the back end of the forward pass: others
+    keep other tensors."""
+    if not torch.compiler.is_compiling():
+        function = partial(_by, current_backend(), function)
+    return checkpoint(function, *args)
+
+
+def _by(backend: str, function: Callable[..., Any], *args: Any) -> Any:
+    with use_backend(backend):
+        return function(*args)
 
 
 class StatefulDecoder:

@@ -21,7 +21,11 @@ _chosen: ContextVar[str | None] = ContextVar("everlong_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Take the back end of this name inside the block. Raises ValueError for an unknown one."""
+    """Take the back end of this name inside the block. Raises ValueError for an unknown one.
+
+    What you checkpoint yourself (`torch.utils.checkpoint`) must be computed again by the same back end:
+    have the block inside the function, or around backward too.
+    """
     token = _chosen.set(_checked(name))
     try:
         yield
