@@ -571,3 +571,33 @@ def test_hidden_states(kind):
     padded = model(torch.nn.functional.pad(ids, (2, 0)), attention_mask=mask, output_hidden_states=True)
     for got, want in zip(padded.hidden_states, out.hidden_states, strict=True):
         assert_close("hidden", got[:, 2:], want, precision(kind))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@ANY
+@pytest.mark.parametrize("options", [{}, {"backprop_segments": 1}], ids=["whole", "cut"])
+def test_distributed_data_parallel_waits_for_no_gradient(kind, options, one_process):
+    """Of what a short text does not write, of starts where a text goes on, of what gradients that are
+    cut do not reach: at their plain setting every parameter has to have its turn."""
+    model = make(kind, **options).train()
+    parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    cache = None
+    for tokens in (3, SEGMENT, 2 * SEGMENT + 3, 5):
+        ids = text(2, tokens)
+        want = model(ids, labels=ids, past_key_values=None if cache is None else cache.copy())
+        want.loss.backward()
+        got = parallel(input_ids=ids, labels=ids, past_key_values=cache, use_cache=True)
+        got.loss.backward()
+        cache = got.past_key_values.detach()
+    for name, parameter in model.named_parameters():
+        grad = parallel.module.get_parameter(name).grad
+        want = torch.zeros_like(grad) if parameter.grad is None else parameter.grad
+        assert torch.equal(grad, want), name

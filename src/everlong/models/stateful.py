@@ -172,6 +172,34 @@ def _by(backend: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
+class _WithAll(torch.autograd.Function):
+    """y, on whose way back parameters come by, without a gradient of it."""
+
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.count = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        return dy, *[None] * ctx.count
+
+
+def _with_all(model: nn.Module, y: Tensor) -> Tensor:
+    """y; in training in several processes with every parameter behind it.
+
+    `DistributedDataParallel` waits for each, and some have no part in a call: what writes a bank in a
+    text of one segment, where a memory starts in a text that goes on.
+    """
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (parallel and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return y
+    return _WithAll.apply(y, *(p for p in model.parameters() if p.requires_grad))
+
+
 class StatefulDecoder:
     """Mixin of decoders: `layers` that read (x, state, lengths, fresh, trace)."""
 
@@ -221,7 +249,7 @@ class StatefulDecoder:
         )
         y = outputs[-1].y
         written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
-        last = self.norm(y)
+        last = _with_all(self, self.norm(y))  # type: ignore[arg-type]
         hidden = (x, *(out.y for out in outputs[:-1]), last)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
