@@ -430,6 +430,129 @@ def test_lora(kind, tmp_path):
     assert_close("logits", loaded(ids).logits, model.eval()(ids).logits, torch.float32)
 
 
+SAVED = {kind: ["memory", "persistent"] for kind in KINDS} | {
+    "lm2": ["memory"],
+    "lm2-positions": ["memory"],
+    "lm2-released": ["memory"],
+    "rmt": ["memory"],
+}
+PARTS = ["theta_proj", "memory_scale", "conv", "output_norm", "o_proj", "mlp_norm"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+@pytest.mark.parametrize("kind", [*KINDS, "lm2", "lm2-positions", "lm2-released", "rmt"])
+@pytest.mark.parametrize("part", ["memory", "parts", "head"])
+def test_whole_modules_beside_lora(kind, part, tmp_path):
+    """PEFT's modules_to_save: copies of memories, of their parts and of the head learn, the originals
+    stay, and all of it loads and merges."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    saved = {"memory": SAVED[kind], "parts": PARTS, "head": ["lm_head"]}[part]
+    if part == "parts" and kind not in KINDS:
+        saved = {
+            "lm2": ["scale", "slots", "forget_gate"],
+            "lm2-positions": ["scale", "forget_gate"],
+        }.get(kind, ["norm"])
+    torch.manual_seed(0)
+    options = {"initial_memory_scale": 0.5} if kind.startswith("lm2") else {}
+    base, ids = build(kind, "sliding_attention", **options), text()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    inside = r".*\.(memory|persistent)\..*" if part == "memory" else None
+    target = ["q_proj", "v_proj"]
+    config = LoraConfig(r=2, target_modules=target, modules_to_save=saved, exclude_modules=inside)
+    model = get_peft_model(base, config).train()
+    trained = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    originals = {n: p.clone() for n, p in model.named_parameters() if "original_module" in n}
+    assert trained
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    # Of a module that only goes by its parameters, such as a convolution's, too.
+    unused = {"k_proj"} if kind == "lm2-released" else set()  # a bias that softmax does not see
+    for name, parameter in trained.items():
+        assert (parameter.grad is not None and parameter.grad.any()) or unused & {*name.split(".")}, (
+            name
+        )
+    optimizer.step()
+    for name, value in originals.items():
+        assert torch.equal(model.get_parameter(name), value), name
+    want = model.eval()(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    fresh = build(kind, "sliding_attention", **options)
+    fresh.load_state_dict({**fresh.state_dict(), **before})
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert_close("loaded", loaded(input_ids=ids).logits, want, torch.float32)
+    merged = loaded.merge_and_unload()
+    assert_close("merged", merged(input_ids=ids).logits, want, torch.float32)
+
+
+@ANY
+def test_a_functional_call(kind):
+    """torch.func: other weights for a call, which the model does not keep."""
+    model, ids = make(kind), text()
+    want = model(ids).logits
+    other = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+    got = torch.func.functional_call(model, other, (ids,)).logits
+    assert torch.equal(model(ids).logits, want)
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(other, strict=False)  # without what is tied
+    assert torch.equal(got, changed(ids).logits)
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch's, of vmap
+@ANY
+def test_transforms_of_functions(kind):
+    """torch.func.grad and vmap go through LM2 and RMT; Titans refuses them by name."""
+    model, ids = make(kind), text()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    options = {"labels": ids, "use_cache": False}
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (ids,), options).loss
+
+    two = {name: torch.stack([p, 1.1 * p]) for name, p in weights.items()}
+    if kind in KINDS:
+        for transform, argument in ((torch.func.grad, weights), (torch.func.vmap, two)):
+            with pytest.raises(ValueError, match=r"torch\.func.*loss\.backward"):
+                transform(loss)(argument)
+        return
+    grads = torch.func.grad(loss)(weights)
+    want = model(ids, **options).loss
+    want.backward()
+    for name, parameter in model.named_parameters():
+        plain = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(name, grads[name], plain, precision(kind))
+    assert_close("losses", torch.func.vmap(loss)(two)[0], want, precision(kind))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+@pytest.mark.parametrize(
+    ("kind", "strict"),
+    [
+        ("lm2", False),
+        *(pytest.param(k, False, marks=pytest.mark.slow) for k in [*KINDS, *OTHERS] if k != "lm2"),
+        *(pytest.param(k, True, marks=pytest.mark.slow) for k in [*KINDS, *OTHERS]),
+    ],
+)
+def test_export(kind, strict):
+    """torch.export, of a text of several segments."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = make(kind)
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    module, ids = Logits(), text()
+    with torch.no_grad():
+        program = torch.export.export(module, (ids,), strict=strict)
+        assert_close("logits", program.module()(ids), module(ids), precision(kind))
+        other = (ids + 1) % VOCABULARY
+        assert_close("logits", program.module()(other), module(other), precision(kind))
+
+
 def compiled_equals_eager(kind, backend):
     """Training at two lengths, and reading on from a cache, in one graph each.
 

@@ -125,7 +125,7 @@ class LM2Layer(LlamaDecoderLayer):
         attention = self.self_attn.initial_state(like)
         if self.memory is None:
             return LM2State(attention, None, None, None)
-        if isinstance(self.memory, SlotBank):
+        if self.config.memory_addressing == "slots":
             none = like.new_zeros(1, self.memory.num_heads, 0, like.shape[-1] // self.memory.num_heads)
             offered = AttentionState(none, none, 0, None)
             return LM2State(attention, offered, None, self.memory.initial(like))
@@ -193,18 +193,21 @@ class SlotLayer(LM2Layer):
         trace: bool,
     ) -> tuple[Tensor, tuple[BankWrite, ...]]:
         """The bank behind the tokens, written in the rows whose segment ends with them, and how."""
-        bank, position = state.bank, state.attention.position
+        bank, position, segment = state.bank, state.attention.position, self.config.segment_length
         assert bank is not None
+        if lengths is None and not isinstance(position, Tensor):  # all rows end together, or none
+            if position + tokens != segment:
+                return bank, ()
+            new, *gates = self.memory.write(bank, k, v)
+            return new, (BankWrite(torch.arange(len(k)), bank, new, *gates),) if trace else ()
         count = per_row(tokens if lengths is None else lengths, len(k))
         before = per_row(position, len(k))
-        ended = before + count == self.config.segment_length
+        ended = before + count == segment
         if not bool(ended.any()):
             return bank, ()
-        mask = None
-        if lengths is not None or isinstance(position, Tensor):
-            column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
-            real = (column >= past - before[:, None]) & (column < past + count[:, None])
-            mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
+        column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
+        real = (column >= past - before[:, None]) & (column < past + count[:, None])
+        mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
         new, *gates = self.memory.write(bank, k, v, mask)
         rows = ended.nonzero().squeeze(1)
         picked = [x[rows.to(x.device)] for x in (bank, new, *gates)] if trace else []
