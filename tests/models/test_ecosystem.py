@@ -163,7 +163,11 @@ def test_pipeline(kind, tmp_path):
     assert len(out) == 2
     assert all(isinstance(each[0]["generated_text"], str) for each in out)
     card = (tmp_path / "README.md").read_text()
-    assert "everlong" in card
+    # Nothing else can tell someone whose transformers says that it does not know the model.
+    assert "library_name: everlong" in card
+    lines = card.split("---\n")[2].split("\n\n")
+    assert "`import everlong` before" in lines[1]
+    assert card.index("import everlong  #") < card.index(".from_pretrained(folder)")
     assert f"1 {kind}" in card or kind in OTHERS
     assert type(model) is type(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert tokenizer.vocab_size

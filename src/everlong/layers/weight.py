@@ -6,6 +6,7 @@ module to module: a parameter that is reached in any other way may be somewhere 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """All parameters back to a start."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
 
 
 class OwnStart(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-Source = str | PathLike[str] | PreTrainedModel
 
 # What `from_pretrained` takes: for the model that is there, and for where the new one goes.
 LOADING = {
@@ -27,7 +26,10 @@ LATER = {
 
 
 def load_pretrained(
-    source: Source, options: dict[str, Any], kinds: Collection[str], instead: str
+    source: str | PathLike[str] | PreTrainedModel,
+    options: dict[str, Any],
+    kinds: Collection[str],
+    instead: str,
 ) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
     """A causal language model from a folder, a hub id, or as it is; and of the options those that are
     fields of the new model's configuration, and those for `place`.

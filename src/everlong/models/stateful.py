@@ -184,7 +184,7 @@ class _WithAll(torch.autograd.Function):
         ctx.count = len(inputs) - 1
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         return dy, *[None] * ctx.count
 
 

@@ -55,7 +55,7 @@ def native_takes(*tensors: Tensor | None) -> bool:
 def refuse_transforms() -> None:
     """Raise ValueError inside `torch.func`'s transforms, which cannot take backward passes that are
     written by hand."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if torch._C._are_functorch_transforms_active():
         raise ValueError(
             "torch.func's transforms (grad, vmap, jvp, ...) do not go through the memory and its "
             "norms: call functional_call without them, and loss.backward() or torch.autograd.grad"
