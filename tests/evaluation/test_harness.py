@@ -452,6 +452,58 @@ def test_lm_eval_finds_the_model_by_its_name(llama, tokenizer, data, manager, tm
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 24
 
 
+def test_devices_and_types(llama, tokenizer, tmp_path, monkeypatch):
+    llama.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    if not torch.cuda.is_available():  # where lm-eval's command line is told of no device
+        assert EverlongLM(folder, device="cuda:0").subject.model.device.type == "cpu"
+    for device in ("cuda:99", "nowhere"):
+        with pytest.raises(ValueError, match=f"device {device} cannot be used"):
+            EverlongLM(folder, device=device)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("torch.float64", torch.float64)):
+        model = EverlongLM.create_from_arg_string(f"pretrained={folder},dtype={name}")
+        assert model.subject.model.dtype == dtype
+    assert EverlongLM(folder, dtype="auto").subject.model.dtype == torch.float32
+    for dtype in ("int8", "float17"):
+        with pytest.raises(ValueError, match=f"got '{dtype}'"):
+            EverlongLM(folder, dtype=dtype)
+    with pytest.raises(ValueError, match=r"leave dtype=torch\.float16 out"):
+        EverlongLM(llama, dtype="float16")
+    with pytest.raises(ValueError, match="does not know parallelize, trust"):
+        EverlongLM(folder, trust=True, parallelize=True)
+
+
+def test_answers_in_one_type_are_not_those_in_another(llama, tokenizer, tmp_path):
+    llama.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    request = Instance("loglikelihood", {}, ("A cat", " sat"), 0)
+    answers = tmp_path / "answers.jsonl"
+    for dtype in ("auto", "float64"):
+        EverlongLM(str(tmp_path), answers, dtype=dtype).loglikelihood([request])
+    assert len(answers.read_text().splitlines()) == 2
+
+
+def test_lm_evals_command_line_without_a_device(llama, tokenizer, tmp_path, monkeypatch, capsys):
+    """lm-eval says cuda:0 itself."""
+    from everlong.lm_eval import main
+
+    llama.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = {}
+
+    def simple_evaluate(model, model_args, device=None, **more):
+        found["model"] = lm_eval.api.registry.get_model(model).create_from_arg_obj(
+            model_args, {"device": device}
+        )
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", simple_evaluate)
+    arguments = f"run --model everlong --model_args pretrained={tmp_path},dtype=float64 --tasks piqa"
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *arguments.split()])
+    main()
+    assert found["model"].subject.model.dtype == torch.float64
+
+
 def test_lm_evals_command_line_knows_the_model(monkeypatch, capsys):
     from everlong.lm_eval import main
 

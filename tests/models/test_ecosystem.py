@@ -13,6 +13,7 @@ from everlong.data import byte_tokenizer
 from everlong.models import MemoryCache
 from everlong.models.modeling_titans import TitansLayer
 from everlong.models.presets import PRESETS
+from everlong.ops import backends, use_backend
 from numerics import assert_close
 from subjects import CHUNK, SEGMENT, VOCABULARY, lm2, rmt, titans
 
@@ -162,7 +163,11 @@ def test_pipeline(kind, tmp_path):
     assert len(out) == 2
     assert all(isinstance(each[0]["generated_text"], str) for each in out)
     card = (tmp_path / "README.md").read_text()
-    assert "everlong" in card
+    # Nothing else can tell someone whose transformers says that it does not know the model.
+    assert "library_name: everlong" in card
+    lines = card.split("---\n")[2].split("\n\n")
+    assert "`import everlong` before" in lines[1]
+    assert card.index("import everlong  #") < card.index(".from_pretrained(folder)")
     assert f"1 {kind}" in card or kind in OTHERS
     assert type(model) is type(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert tokenizer.vocab_size
@@ -212,6 +217,26 @@ def test_gradient_checkpointing_changes_nothing(kind):
             model.activation_checkpointing_enable()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name in grads[0]:
+        assert_close(name, grads[1][name], grads[0][name], precision(kind))
+
+
+@ANY
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_gradient_checkpointing_computes_again_by_the_same_back_end(kind, backend):
+    """Of the forward pass, whatever is in force in the backward pass."""
+    if backend not in backends():
+        pytest.skip("no compiler here")
+    model, ids, grads = make(kind).train(), text(), []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        with use_backend(backend):
+            loss = model(ids, labels=ids).loss
+        with use_backend({"eager": "native", "native": "eager"}[backend]):
+            loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name in grads[0]:
         assert_close(name, grads[1][name], grads[0][name], precision(kind))
@@ -409,6 +434,129 @@ def test_lora(kind, tmp_path):
     assert_close("logits", loaded(ids).logits, model.eval()(ids).logits, torch.float32)
 
 
+SAVED = {kind: ["memory", "persistent"] for kind in KINDS} | {
+    "lm2": ["memory"],
+    "lm2-positions": ["memory"],
+    "lm2-released": ["memory"],
+    "rmt": ["memory"],
+}
+PARTS = ["theta_proj", "memory_scale", "conv", "output_norm", "o_proj", "mlp_norm"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+@pytest.mark.parametrize("kind", [*KINDS, "lm2", "lm2-positions", "lm2-released", "rmt"])
+@pytest.mark.parametrize("part", ["memory", "parts", "head"])
+def test_whole_modules_beside_lora(kind, part, tmp_path):
+    """PEFT's modules_to_save: copies of memories, of their parts and of the head learn, the originals
+    stay, and all of it loads and merges."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    saved = {"memory": SAVED[kind], "parts": PARTS, "head": ["lm_head"]}[part]
+    if part == "parts" and kind not in KINDS:
+        saved = {
+            "lm2": ["scale", "slots", "forget_gate"],
+            "lm2-positions": ["scale", "forget_gate"],
+        }.get(kind, ["norm"])
+    torch.manual_seed(0)
+    options = {"initial_memory_scale": 0.5} if kind.startswith("lm2") else {}
+    base, ids = build(kind, "sliding_attention", **options), text()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    inside = r".*\.(memory|persistent)\..*" if part == "memory" else None
+    target = ["q_proj", "v_proj"]
+    config = LoraConfig(r=2, target_modules=target, modules_to_save=saved, exclude_modules=inside)
+    model = get_peft_model(base, config).train()
+    trained = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    originals = {n: p.clone() for n, p in model.named_parameters() if "original_module" in n}
+    assert trained
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    # Of a module that only goes by its parameters, such as a convolution's, too.
+    unused = {"k_proj"} if kind == "lm2-released" else set()  # a bias that softmax does not see
+    for name, parameter in trained.items():
+        assert (parameter.grad is not None and parameter.grad.any()) or unused & {*name.split(".")}, (
+            name
+        )
+    optimizer.step()
+    for name, value in originals.items():
+        assert torch.equal(model.get_parameter(name), value), name
+    want = model.eval()(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    fresh = build(kind, "sliding_attention", **options)
+    fresh.load_state_dict({**fresh.state_dict(), **before})
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert_close("loaded", loaded(input_ids=ids).logits, want, torch.float32)
+    merged = loaded.merge_and_unload()
+    assert_close("merged", merged(input_ids=ids).logits, want, torch.float32)
+
+
+@ANY
+def test_a_functional_call(kind):
+    """torch.func: other weights for a call, which the model does not keep."""
+    model, ids = make(kind), text()
+    want = model(ids).logits
+    other = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+    got = torch.func.functional_call(model, other, (ids,)).logits
+    assert torch.equal(model(ids).logits, want)
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(other, strict=False)  # without what is tied
+    assert torch.equal(got, changed(ids).logits)
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch's, of vmap
+@ANY
+def test_transforms_of_functions(kind):
+    """torch.func.grad and vmap go through LM2 and RMT; Titans refuses them by name."""
+    model, ids = make(kind), text()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    options = {"labels": ids, "use_cache": False}
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (ids,), options).loss
+
+    two = {name: torch.stack([p, 1.1 * p]) for name, p in weights.items()}
+    if kind in KINDS:
+        for transform, argument in ((torch.func.grad, weights), (torch.func.vmap, two)):
+            with pytest.raises(ValueError, match=r"torch\.func.*loss\.backward"):
+                transform(loss)(argument)
+        return
+    grads = torch.func.grad(loss)(weights)
+    want = model(ids, **options).loss
+    want.backward()
+    for name, parameter in model.named_parameters():
+        plain = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(name, grads[name], plain, precision(kind))
+    assert_close("losses", torch.func.vmap(loss)(two)[0], want, precision(kind))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+@pytest.mark.parametrize(
+    ("kind", "strict"),
+    [
+        ("lm2", False),
+        *(pytest.param(k, False, marks=pytest.mark.slow) for k in [*KINDS, *OTHERS] if k != "lm2"),
+        *(pytest.param(k, True, marks=pytest.mark.slow) for k in [*KINDS, *OTHERS]),
+    ],
+)
+def test_export(kind, strict):
+    """torch.export, of a text of several segments."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = make(kind)
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    module, ids = Logits(), text()
+    with torch.no_grad():
+        program = torch.export.export(module, (ids,), strict=strict)
+        assert_close("logits", program.module()(ids), module(ids), precision(kind))
+        other = (ids + 1) % VOCABULARY
+        assert_close("logits", program.module()(other), module(other), precision(kind))
+
+
 def compiled_equals_eager(kind, backend):
     """Training at two lengths, and reading on from a cache, in one graph each.
 
@@ -550,3 +698,33 @@ def test_hidden_states(kind):
     padded = model(torch.nn.functional.pad(ids, (2, 0)), attention_mask=mask, output_hidden_states=True)
     for got, want in zip(padded.hidden_states, out.hidden_states, strict=True):
         assert_close("hidden", got[:, 2:], want, precision(kind))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@ANY
+@pytest.mark.parametrize("options", [{}, {"backprop_segments": 1}], ids=["whole", "cut"])
+def test_distributed_data_parallel_waits_for_no_gradient(kind, options, one_process):
+    """Of what a short text does not write, of starts where a text goes on, of what gradients that are
+    cut do not reach: at their plain setting every parameter has to have its turn."""
+    model = make(kind, **options).train()
+    parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    cache = None
+    for tokens in (3, SEGMENT, 2 * SEGMENT + 3, 5):
+        ids = text(2, tokens)
+        want = model(ids, labels=ids, past_key_values=None if cache is None else cache.copy())
+        want.loss.backward()
+        got = parallel(input_ids=ids, labels=ids, past_key_values=cache, use_cache=True)
+        got.loss.backward()
+        cache = got.past_key_values.detach()
+    for name, parameter in model.named_parameters():
+        grad = parallel.module.get_parameter(name).grad
+        want = torch.zeros_like(grad) if parameter.grad is None else parameter.grad
+        assert torch.equal(grad, want), name

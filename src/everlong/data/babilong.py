@@ -224,13 +224,22 @@ def _haystack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast 
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast | None) -> Any:
-    """What gives the tokens of a sentence; the same ones come again and again."""
-    if tokenizer is None:
-        return encode_bytes
-    coder = Coder(tokenizer)
+    """What gives the tokens of a sentence."""
+    return encode_bytes if tokenizer is None else _Encoder(Coder(tokenizer))
 
-    @lru_cache(maxsize=50_000)
-    def encode(text: bytes) -> np.ndarray:
-        return np.array(coder.ids(text.decode()), np.int32)
 
-    return encode
+class _Encoder:
+    """The tokens of a sentence; the same ones come again and again."""
+
+    def __init__(self, coder: Coder) -> None:
+        self.coder = coder
+        self.known = lru_cache(maxsize=50_000)(self._encode)
+
+    def __reduce__(self) -> tuple[type, tuple[Coder]]:
+        return _Encoder, (self.coder,)  # another process remembers its own
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        return self.known(text)
+
+    def _encode(self, text: bytes) -> np.ndarray:
+        return np.array(self.coder.ids(text.decode()), np.int32)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 NEW_TOKENS = 256  # lm-eval's own, where a task does not say how many
+LM_EVALS_DEVICE = "cuda:0"  # where its command line is told of none
 FEW = 8  # special tokens around a text, at most
 
 
@@ -41,7 +42,9 @@ class EverlongLM(TemplateLM):
     """A `Subject`, or a folder or hub id of a model, asked by lm-eval.
 
     answers: a file that keeps every answer as it comes; a run that broke off goes on from there.
-    piece, tokens_per_forward: as of `Subject`. batch_size and max_batch_size, which lm-eval's command
+    piece, tokens_per_forward: as of `Subject`. dtype: of the weights, "bfloat16" or another of torch's;
+    "auto": as they are saved. device: "cpu", "cuda:1", ...; lm-eval's "cuda:0", which it says where
+    nobody has, is taken where there is one. batch_size and max_batch_size, which lm-eval's command
     line always gives, are not used: tokens_per_forward decides how many rows are read side by side.
     """
 
@@ -52,20 +55,33 @@ class EverlongLM(TemplateLM):
         *,
         piece: int = 1024,
         tokens_per_forward: int = 32768,
+        dtype: str | torch.dtype = "auto",
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ValueError(
+                f"the model everlong does not know {', '.join(sorted(unknown))}: its model_args are "
+                "pretrained, answers, piece, tokens_per_forward, dtype, device"
+            )
+        dtype = _dtype(dtype)
         if isinstance(pretrained, Subject):
+            if dtype != "auto":
+                raise ValueError(f"the Subject has its dtype already: leave dtype={dtype} out")
             self.subject = pretrained
         else:
-            self.subject = load_subject(pretrained, piece=piece, tokens_per_forward=tokens_per_forward)
-            if device is not None:
-                self.subject.model.to(device)
+            sizes = {"piece": piece, "tokens_per_forward": tokens_per_forward}
+            self.subject = load_subject(pretrained, dtype, **sizes)
+            _move(self.subject.model, device)
         self.tokenizer = self.subject.tokenizer
         self._device = self.subject.model.device
-        self.answers = None if answers is None else Answers(answers, self.subject.info.fingerprint)
+        mark = self.subject.info.fingerprint
+        if dtype != "auto":  # other weights, other answers
+            mark = f"{mark} {dtype}"
+        self.answers = None if answers is None else Answers(answers, mark)
 
     @property
     def eot_token_id(self) -> int:
@@ -242,6 +258,31 @@ class EverlongLM(TemplateLM):
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _dtype(name: str | torch.dtype) -> str | torch.dtype:
+    """torch's type of that name, or "auto"."""
+    if isinstance(name, torch.dtype) or name == "auto":
+        return name
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype must be auto or a floating-point type of torch, such as bfloat16, got {name!r}"
+        )
+    return dtype
+
+
+def _move(model: Any, device: str | None) -> None:
+    """To the device, if one is named that somebody has chosen."""
+    if device is None or (device == LM_EVALS_DEVICE and not torch.cuda.is_available()):
+        return
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:  # torch compiled without it, none of that number
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {device} cannot be used here ({reason}): name another one, or none"
+        ) from error
 
 
 def _log_likelihoods_of_texts(

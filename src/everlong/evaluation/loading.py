@@ -40,9 +40,11 @@ TOKENIZER_FILES = (  # what begins and ends a text, how a chat is written; of sl
 )
 
 
-def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    folder: str | Path, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and the tokenizer in a local folder, or of a hub id, on the accelerator
-    if there is one. A folder may hold a single GGUF file instead.
+    if there is one. A folder may hold a single GGUF file instead. dtype: as of `from_pretrained`.
 
     Raises ValueError if the folder holds no model, or none that was finished, or one that is damaged.
     """
@@ -50,7 +52,7 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     where = _where(folder)
     try:
-        model = from_hub(folder, lambda: AutoModelForCausalLM.from_pretrained(**where))
+        model = from_hub(folder, lambda: AutoModelForCausalLM.from_pretrained(**where, dtype=dtype))
         tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
@@ -64,12 +66,12 @@ def longest_text(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def load_subject(folder: str | Path, **options: Any) -> Subject:
+def load_subject(folder: str | Path, dtype: str | torch.dtype = "auto", **options: Any) -> Subject:
     """The model in a folder, or of a hub id, to be evaluated. options: fields of `Subject`.
 
     Raises ValueError for one that cannot read a text in pieces, as an evaluation does.
     """
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, dtype)
     subject = _subject(folder, model, tokenizer, options)
     check_pieces(subject)
     return subject

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
+from everlong.layers.weight import Layer
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
 from everlong.ops.backend import native_takes
 from everlong.ops.native.rows import Rotate
@@ -122,7 +123,7 @@ class AttentionState(State):
 register_dataclass(AttentionState)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Causal multi-head attention with grouped keys (Llama's).
 
     Args:

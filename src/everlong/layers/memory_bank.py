@@ -11,6 +11,7 @@ E is the self-attention's output, M the bank. Whose slot is whose:
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from everlong.layers.attention import AttentionState, join_keys
-from everlong.layers.weight import Gate, Weight
+from everlong.layers.weight import Gate, Layer, Weight
 from everlong.ops.attention import causal_mask
 from everlong.ops.state import State, agreed, check_kind, check_tensor
 
@@ -53,7 +54,7 @@ class BankTrace(NamedTuple):
     writes: tuple[BankWrite, ...] = ()
 
 
-class SlotBank(nn.Module):
+class SlotBank(Layer):
     """R slots of width D.
 
         read    X = softmax(Q K^T / sqrt(d)) V     Q = E W_Q, K = M W_K, V = M W_V    (eq. 1)
@@ -159,7 +160,7 @@ class PositionState(State):
 register_dataclass(PositionState)
 
 
-class RowBank(nn.Module):
+class RowBank(Layer):
     """Base of the banks whose slot i belongs to place i of a segment.
 
     Args:
@@ -326,7 +327,7 @@ def _square(size: int) -> nn.Linear:
 def _scale(size: int, initial: float | None) -> Weight | None:
     if initial is None:
         return None
-    return Weight(size, start=lambda weight: nn.init.constant_(weight, initial))
+    return Weight(size, start=partial(nn.init.constant_, val=initial))
 
 
 def _scaled(scale: Weight | None, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
-from everlong.layers.weight import Gate, Weight
+from everlong.layers.weight import Gate, Layer, Weight
 from everlong.ops import (
     MemoryTrace,
     NeuralMemoryState,
@@ -38,7 +38,7 @@ class MemoryOutput(NamedTuple):
     trace: MemoryTrace | None = None
 
 
-class NeuralMemory(nn.Module):
+class NeuralMemory(Layer):
     """A sequence layer whose memory is a small MLP that learns while it reads (Titans v1 section 3).
 
     q, k, v = silu(conv(x W)), q and k of unit length; alpha, eta, theta from the token, per head
@@ -325,7 +325,7 @@ class NeuralMemory(nn.Module):
     def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
 
-        def logits(projection: nn.Linear) -> Tensor:
+        def logits(projection: Gate) -> Tensor:
             return projection(x).to(dtype).unflatten(-1, (self.num_heads, self.depth))
 
         theta = torch.sigmoid(logits(self.theta_proj)) * (self.max_learning_rate / self.chunk_size)

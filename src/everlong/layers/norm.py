@@ -5,11 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from everlong.layers.weight import OwnStart
 from everlong.ops import rms_norm
 from everlong.ops.recompute import recomputed
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(OwnStart):
     """weight * x / rms(x), computed in at least float32, in Llama's order of operations.
 
     `transformers`' own rounds to float32 whatever it is given; this one is exact in float64.

@@ -6,12 +6,58 @@ module to module: a parameter that is reached in any other way may be somewhere 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Weight(nn.Module):
+class Layer(nn.Module):
+    """A module that is made of others."""
+
+    def reset_parameters(self) -> None:
+        """All parameters back to a start."""
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+
+
+class OwnStart(nn.Module):
+    """A module that alone knows how its parameters start: by `reset_parameters`.
+
+    In a model of `transformers` the rules of that model go over every module, zero all biases, and
+    leave a parameter that they do not know as it is: where a checkpoint lacks it, memory that nobody
+    has filled.
+    """
+
+    is_started = False
+
+    def reset_parameters(self) -> None:
+        """Back to the start."""
+        raise NotImplementedError
+
+    @property
+    def lacks_start(self) -> bool:
+        """Whether `transformers` still has to fill it: no checkpoint has."""
+        loaded = (getattr(p, "_is_hf_initialized", False) for p in self.parameters(recurse=False))
+        return not (self.is_started or all(loaded))
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What `transformers` asks before it applies a model's rules: they are never to be."""
+        if self.lacks_start:
+            self.reset_parameters()
+            self.is_started = True
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.is_started = value
+
+
+class Weight(OwnStart):
     """A parameter of no linear map: call it to get it.
 
     start: a function of `torch.nn.init` that fills it.
@@ -32,14 +78,30 @@ class Weight(nn.Module):
         return self.weight
 
 
-class Gate(nn.Linear):
-    """The logits of a gate: a linear map whose bias starts where the gate is `initial`, in (0, 1)."""
+class Gate(OwnStart):
+    """The logits of a gate: a linear map whose bias starts where the gate is `initial`, in (0, 1).
+
+    No `nn.Linear`, whose biases are zeroed by anyone who initialises a model.
+    """
 
     def __init__(self, in_features: int, out_features: int, initial: float) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__()
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
         self.initial = initial
-        self.reset_bias()
+        self._reset_bias()
 
-    def reset_bias(self) -> None:
-        """Back to `initial`."""
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Back to the start; std: of the weight, None: as that of an `nn.Linear`."""
+        if std is None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.weight, std=std)
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
         nn.init.constant_(self.bias, math.log(self.initial / (1 - self.initial)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]. Returns [..., out_features]."""
+        return F.linear(x, self.weight, self.bias)

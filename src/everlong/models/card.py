@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 CARD = """---
-library_name: transformers
+library_name: everlong
 pipeline_tag: text-generation
 tags:
 - everlong
@@ -15,6 +15,9 @@ tags:
 ---
 
 # {name}
+
+Opens with `import everlong` before `from_pretrained`: without it `transformers` does not know the model
+type `{kind}`, and says that it is out of date.
 
 A {kind} language model of everlong. {memory}, so its state has one size however long
 the text is. {parameters} parameters{layers}.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -24,6 +24,7 @@ from everlong.layers import AttentionState, Gate, PositionBank, ReleasedBank, Sl
 from everlong.layers.attention import join_keys
 from everlong.layers.memory_bank import BankWrite, PositionState
 from everlong.models.configuration_lm2 import LM2Config
+from everlong.models.pretrained import load_pretrained, place
 from everlong.models.stateful import (
     BlockOutput,
     StatefulCausalLM,
@@ -155,7 +156,7 @@ class LM2Layer(LlamaDecoderLayer):
         attention = self.self_attn.initial_state(like)
         if self.memory is None:
             return LM2State(attention, None, None, None)
-        if isinstance(self.memory, SlotBank):
+        if self.config.memory_addressing == "slots":
             none = like.new_zeros(1, self.memory.num_heads, 0, like.shape[-1] // self.memory.num_heads)
             offered = AttentionState(none, none, 0, None)
             return LM2State(attention, offered, None, self.memory.initial(like))
@@ -227,18 +228,21 @@ class SlotLayer(LM2Layer):
         trace: bool,
     ) -> tuple[Tensor, tuple[BankWrite, ...]]:
         """The bank behind the tokens, written in the rows whose segment ends with them, and how."""
-        bank, position = state.bank, state.attention.position
+        bank, position, segment = state.bank, state.attention.position, self.config.segment_length
         assert bank is not None
+        if lengths is None and not isinstance(position, Tensor):  # all rows end together, or none
+            if position + tokens != segment:
+                return bank, ()
+            new, *gates = self.memory.write(bank, k, v)
+            return new, (BankWrite(torch.arange(len(k)), bank, new, *gates),) if trace else ()
         count = per_row(tokens if lengths is None else lengths, len(k))
         before = per_row(position, len(k))
-        ended = before + count == self.config.segment_length
+        ended = before + count == segment
         if not bool(ended.any()):
             return bank, ()
-        mask = None
-        if lengths is not None or isinstance(position, Tensor):
-            column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
-            real = (column >= past - before[:, None]) & (column < past + count[:, None])
-            mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
+        column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
+        real = (column >= past - before[:, None]) & (column < past + count[:, None])
+        mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
         new, *gates = self.memory.write(bank, k, v, mask)
         rows = ended.nonzero().squeeze(1)
         picked = [x[rows.to(x.device)] for x in (bank, new, *gates)] if trace else []
@@ -285,7 +289,7 @@ class LM2PreTrainedModel(StatefulPreTrained, LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Gate):
-            module.reset_bias()
+            module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, Weight):
             module.reset_parameters()
 
@@ -382,30 +386,25 @@ class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
 
     @classmethod
     def from_llama(
-        cls, llama: str | PathLike[str] | LlamaForCausalLM, **fields: Any
+        cls, llama: str | PathLike[str] | LlamaForCausalLM, **options: Any
     ) -> "LM2ForCausalLM":
         """A pretrained Llama (a folder, a hub id or the model) with banks that start closed: on one
-        segment its logits are the Llama's. fields: of `LM2Config`, such as memory_layers and
-        num_memory_slots; segment_length defaults to the Llama's longest text.
+        segment its logits are the Llama's. options: fields of `LM2Config`, such as memory_layers and
+        num_memory_slots; segment_length defaults to the Llama's longest text. And, as of
+        `from_pretrained`, how the Llama is loaded (gguf_file, dtype, revision, ...) and where the new
+        model goes (device_map, ...).
 
         Raises ValueError for a model that is no Llama.
         """
-        if not isinstance(llama, LlamaForCausalLM):
-            kind = AutoConfig.from_pretrained(llama).model_type
-            if kind != "llama":
-                raise ValueError(
-                    f"{llama} is a {kind}, not a llama: RMTForCausalLM.from_causal_lm gives memory to "
-                    "models of other kinds"
-                )
-            llama = LlamaForCausalLM.from_pretrained(llama)
-        inherited = {k: v for k, v in llama.config.to_dict().items() if k not in NOT_INHERITED}
+        instead = ", not a llama: RMTForCausalLM.from_causal_lm gives memory to models of other kinds"
+        source, fields, placing = load_pretrained(llama, options, ["llama"], instead)
+        inherited = {k: v for k, v in source.config.to_dict().items() if k not in NOT_INHERITED}
         defaults = {
-            "segment_length": llama.config.max_position_embeddings,
+            "segment_length": source.config.max_position_embeddings,
             "initial_memory_scale": 0.0,
         }
         model = cls(LM2Config(**(inherited | defaults | fields)))
-        cast_parameters(model, llama.dtype)
-        missing, unexpected = model.load_state_dict(llama.state_dict(), strict=False)
+        cast_parameters(model, source.dtype)
+        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
         assert not unexpected and all(".memory." in key for key in missing)
-        model.generation_config = llama.generation_config
-        return model
+        return place(model, source, placing)

@@ -3,26 +3,22 @@
 Bulatov, Kuratov, Burtsev: Recurrent Memory Transformer (arXiv 2207.06881), the decoder's form.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from everlong.layers import AttentionState, Weight
 from everlong.models.configuration_rmt import INSTEAD, KINDS, RMTConfig
+from everlong.models.pretrained import load_pretrained, place
 from everlong.models.stateful import (
     BlockOutput,
     StatefulCausalLM,
@@ -286,29 +282,37 @@ class RMTForCausalLM(StatefulCausalLM, RMTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_causal_lm(cls, name: str, **fields: Any) -> "RMTForCausalLM":
-        """A pretrained causal language model (a folder or a hub id) with a fresh memory.
+    def from_causal_lm(
+        cls, causal_lm: str | PathLike[str] | PreTrainedModel, **options: Any
+    ) -> "RMTForCausalLM":
+        """A pretrained causal language model (a folder, a hub id or the model) with a fresh memory.
 
-        fields: of `RMTConfig`. Raises ValueError for a model that cannot be wrapped.
+        options: fields of `RMTConfig`; and, as of `from_pretrained`, how the model is loaded
+        (gguf_file, dtype, revision, ...) and where the new one goes (device_map, ...). Raises
+        ValueError for a model that cannot be wrapped.
         """
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in KINDS:
-            raise ValueError(f"{name} is a {kind}: {INSTEAD}")
-        inner = AutoModelForCausalLM.from_pretrained(name)
-        model = cast_parameters(cls(RMTConfig(base_config=inner.config, **fields)), inner.dtype)
-        ids = torch.arange(min(8, inner.get_input_embeddings().num_embeddings))[None]
-        head = inner.get_output_embeddings()
-        with torch.no_grad():
-            plain = inner.eval()(ids).logits
-            hidden = inner.base_model(ids).last_hidden_state
-            linear = isinstance(head, nn.Linear) and torch.allclose(hidden @ head.weight.T, plain)
-        if not linear or head.bias is not None:
-            raise ValueError(
-                f"{name} ({inner.config.model_type}) gets its logits by more than a product with one "
-                "matrix, which is all that RMT's head does"
-            )
+        inner, fields, placing = load_pretrained(causal_lm, options, KINDS, f": {INSTEAD}")
+        config = RMTConfig(base_config=copy.deepcopy(inner.config), **fields)
+        head = _head_of(inner)
+        model = cast_parameters(cls(config), inner.dtype)
         model.model.base.load_state_dict(inner.base_model.state_dict())
         model.lm_head.load_state_dict({"weight": head.weight})
         model.tie_weights()
-        model.generation_config = inner.generation_config
-        return model
+        return place(model, inner, placing)
+
+
+@torch.no_grad()
+def _head_of(inner: PreTrainedModel) -> nn.Linear:
+    """The matrix that makes its logits; raises ValueError where it takes more than that."""
+    ids = torch.arange(min(8, inner.get_input_embeddings().num_embeddings), device=inner.device)[None]
+    head, training = inner.get_output_embeddings(), inner.training
+    plain = inner.eval()(ids).logits
+    hidden = inner.base_model(ids).last_hidden_state
+    inner.train(training)
+    linear = isinstance(head, nn.Linear) and torch.allclose(hidden @ head.weight.T, plain)
+    if not linear or head.bias is not None:
+        raise ValueError(
+            f"a {type(inner).__name__} ({inner.config.name_or_path}) gets its logits by more than a "
+            "product with one matrix, which is all that RMT's head does"
+        )
+    return head

@@ -7,7 +7,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from everlong.layers import Gate, RMSNorm, Weight
+from everlong.layers import Gate, RMSNorm
+from everlong.layers.weight import OwnStart
 from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import (
     BlockOutput,
@@ -97,13 +98,13 @@ class TitansPreTrainedModel(StatefulPreTrained, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, Gate):
-                module.reset_bias()
-            elif module.bias is not None:
+            if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (Weight, RMSNorm)):
+        elif isinstance(module, Gate):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, OwnStart):
             module.reset_parameters()
 
 

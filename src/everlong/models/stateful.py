@@ -6,6 +6,7 @@ a cache, documents in rows of their own, gradients cut where that is wanted, `me
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from everlong.layers.weight import OwnStart
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
+from everlong.ops import current_backend, use_backend
 from everlong.ops.documents import Documents
 from everlong.ops.state import State, check_kind
 
@@ -123,6 +126,7 @@ class StatefulPreTrained:
 
     config: Any
     num_parameters: Callable[[], int]
+    _init_weights: Callable[[nn.Module], None]
     # Of a call: what counts tokens stays on the CPU, wherever a layer is.
     _skip_keys_device_placement = ["past_key_values", "lengths", "fresh"]
     _is_stateful = True  # a memory cannot be rolled back: no assisted decoding
@@ -133,6 +137,13 @@ class StatefulPreTrained:
         if kwargs.get("is_main_process", True):
             write_card(save_directory, self.config, self.num_parameters())
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As in `transformers`; our layers take no other rules than those of our models."""
+        if isinstance(module, OwnStart) and module.lacks_start:
+            self._init_weights(module)
+            module.is_started = True
+        super()._initialize_weights(module, is_custom_code)  # type: ignore[misc]
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         function = kwargs.get("gradient_checkpointing_func")
         if getattr(function, "keywords", {}).get("use_reentrant"):
@@ -140,7 +151,50 @@ class StatefulPreTrained:
                 "use_reentrant=True cannot checkpoint a layer that hands out its memory: leave it out, "
                 "or say use_reentrant=False"
             )
+        if function is not None:
+            kwargs["gradient_checkpointing_func"] = partial(_by_one_backend, function)
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+
+def _by_one_backend(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """checkpoint(function, *args), which is computed again by the back end of the forward pass: others
+    keep other tensors."""
+    if not torch.compiler.is_compiling():
+        function = partial(_by, current_backend(), function)
+    return checkpoint(function, *args)
+
+
+def _by(backend: str, function: Callable[..., Any], *args: Any) -> Any:
+    with use_backend(backend):
+        return function(*args)
+
+
+class _WithAll(torch.autograd.Function):
+    """y, on whose way back parameters come by, without a gradient of it."""
+
+    @staticmethod
+    def forward(y: Tensor, *parameters: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.count = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy, *[None] * ctx.count
+
+
+def _with_all(model: nn.Module, y: Tensor) -> Tensor:
+    """y; in training in several processes with every parameter behind it.
+
+    `DistributedDataParallel` waits for each, and some have no part in a call: what writes a bank in a
+    text of one segment, where a memory starts in a text that goes on.
+    """
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (parallel and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return y
+    return _WithAll.apply(y, *(p for p in model.parameters() if p.requires_grad))
 
 
 class StatefulDecoder:
@@ -192,7 +246,7 @@ class StatefulDecoder:
         )
         y = outputs[-1].y
         written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
-        last = self.norm(y)
+        last = _with_all(self, self.norm(y))  # type: ignore[arg-type]
         hidden = (x, *(out.y for out in outputs[:-1]), last)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

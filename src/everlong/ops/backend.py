@@ -21,7 +21,11 @@ _chosen: ContextVar[str | None] = ContextVar("everlong_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Take the back end of this name inside the block. Raises ValueError for an unknown one."""
+    """Take the back end of this name inside the block. Raises ValueError for an unknown one.
+
+    What you checkpoint yourself (`torch.utils.checkpoint`) must be computed again by the same back end:
+    have the block inside the function, or around backward too.
+    """
     token = _chosen.set(_checked(name))
     try:
         yield
@@ -44,7 +48,18 @@ def native_takes(*tensors: Tensor | None) -> bool:
     """Whether the native code is wanted, and can take these; torch.compile gets the eager one."""
     if torch.compiler.is_compiling():
         return False
+    refuse_transforms()
     return current_backend() != "eager" and problem(*tensors) is None
+
+
+def refuse_transforms() -> None:
+    """Raise ValueError inside `torch.func`'s transforms, which cannot take backward passes that are
+    written by hand."""
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "torch.func's transforms (grad, vmap, jvp, ...) do not go through the memory and its "
+            "norms: call functional_call without them, and loss.backward() or torch.autograd.grad"
+        )
 
 
 def _checked(name: str) -> str:
