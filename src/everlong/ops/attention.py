@@ -91,7 +91,7 @@ def _check(
     shared, keys = k.shape[1:3]
     if not size or not shared or heads % shared or each < 1 or keys % each or keys < tokens * each:
         raise ValueError(
-            "q [B, N, T, K] and k [B, M, (S + T) each, K] must have N a multiple of M, S >= 0 and K >= 1, "
+            "q [B, N, T, K] and k [B, M, (S + T) each, K] must have N a multiple of M, S >= 0, K >= 1, "
             f"got {list(q.shape)} and {list(k.shape)} with each = {each}"
         )
     check_shape("k", k, "B, M, (S + T) each, K", (batch, shared, keys, size))

@@ -40,7 +40,7 @@ def trace_neural_memory(
     counts = per_row(tokens if lengths is None else lengths, batch)
     offset = torch.zeros_like(counts)
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
-        k, v = k.to(state.dtype), v.to(state.dtype)
+        k, v, gates = k.to(state.dtype), v.to(state.dtype), gates.map(lambda x: x.to(state.dtype))
         empty = torch.zeros_like(gates.theta)
         alpha = empty if gates.log_retain is None else -gates.log_retain.expm1()
         eta = empty if gates.log_eta is None else gates.log_eta.exp()

@@ -74,6 +74,7 @@ def recurrent_neural_memory(
     gates = Gates(theta, log_retain, log_eta)
     check_inputs(q, k, v, gates, state, scale, None)
     scale = None if scale is None else scale.to(state.dtype)
+    k, v, gates = k.to(state.dtype), v.to(state.dtype), gates.map(lambda gate: gate.to(state.dtype))
     position = agreed(state.position)
     if isinstance(position, Tensor):
         raise ValueError(f"the reference wants equal positions, got {position.tolist()}")
