@@ -48,7 +48,7 @@ def memory_weights(batch, heads, size):
 
 
 def scan():
-    weights, shape = memory_weights(3, 1, 8), (3, 700, 1)
+    weights, shape = memory_weights(16, 2, 8), (16, 70, 2)
     gates = [random(*shape, 2) for _ in range(3)]
 
     def call(q, k, v, theta, retain, eta, scale, *weights):
@@ -57,7 +57,7 @@ def scan():
         y, after = chunk_neural_memory(q, k, v, *gates, state=state, scale=scale)
         return [y, *after.weights, *after.momentum]
 
-    return call, [*(random(*shape, 8, scale=0.3) for _ in range(3)), *gates, random(1, 8), *weights]
+    return call, [*(random(*shape, 8, scale=0.3) for _ in range(3)), *gates, random(2, 8), *weights]
 
 
 def read():
