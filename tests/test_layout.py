@@ -130,6 +130,7 @@ for name, level in levels.items():
 assert torch.equal(torch.get_rng_state(), random), "the random generator moved"
 assert torch.get_default_dtype() == torch.float32
 assert not torch.cuda.is_initialized()
+assert not everlong.ops.native.library.load.cache_info().currsize, "kernels were built"
 assert warnings.filters == filters, "a warning filter was added"
 assert threading.active_count() == threads, threading.enumerate()
 late = {"everlong.cli", "everlong.training", "everlong.evaluation", "everlong.data"}

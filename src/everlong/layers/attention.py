@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from everlong.layers.weight import Layer
+from everlong.ops.arguments import check_rank, check_shape
 from everlong.ops.attention import Prefix, full_attention, sliding_attention
 from everlong.ops.backend import native_takes
+from everlong.ops.native.library import intercepted
 from everlong.ops.native.rows import Rotate
 from everlong.ops.state import (
     ANOTHER,
@@ -281,10 +283,23 @@ class SegmentAttention(Attention):
 
 
 def rotate(cos: Tensor, sin: Tensor, *rows: Tensor) -> list[Tensor]:
-    """Rotary position embedding (Llama's halves) of rows [B, ., T, K] by `rotary_tables`."""
-    if native_takes(*rows):
+    """Rotary position embedding (Llama's halves) of rows [B, ., T, K] by `rotary_tables`.
+
+    Raises ValueError when shapes do not fit.
+    """
+    check_rank("cos", cos, "B or 1, 1, T, K / 2")
+    check_shape("sin", sin, "B or 1, 1, T, K / 2", cos.shape)
+    batch, one, tokens, half = cos.shape
+    for x in rows:
+        check_rank("rows", x, "B, N, T, K")
+        if one != 1 or batch not in (1, x.shape[0]) or x.shape[2:] != (tokens, 2 * half):
+            raise ValueError(
+                "cos and sin must be [B or 1, 1, T, K / 2] for rows [B, N, T, K], got "
+                f"{list(cos.shape)} for {list(x.shape)}"
+            )
+    constant = not (cos.requires_grad or sin.requires_grad)
+    if constant and native_takes(cos, sin, *rows):
         return [Rotate.apply(x, cos, sin) for x in rows]
-    half = rows[0].shape[-1] // 2
     rotated = []
     for x in rows:
         left, right = x[..., :half], x[..., half:]
@@ -301,7 +316,9 @@ def rotary_tables(
     The angles are float64 where a device has it: in float32 those of neighbours a million tokens into
     a text are off by 0.06, ten million tokens by half a radian.
     """
-    if isinstance(start, int) and tokens <= MOST_KEPT and not torch.compiler.is_compiling():
+    # What is made under a mode or a transformation may be no tensor with numbers, and must not be kept.
+    keeps = not torch.compiler.is_compiling() and not intercepted()
+    if keeps and isinstance(start, int) and tokens <= MOST_KEPT:
         return _agreed_tables(start, tokens, theta, half, like.dtype, like.device)
     return _tables(start, tokens, theta, half, like.dtype, like.device)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from everlong.ops.arguments import INTEGERS, check_one_kind, check_rank, check_shape
 from everlong.ops.backend import native_takes
 from everlong.ops.native.attention import CausalAttention, attention_wins
 from everlong.ops.state import PerRow
@@ -26,8 +27,10 @@ def full_attention(
     """Every token sees itself, all before it and the prefix.
 
     q: [B, N, T, K]; k, v: [B, M, (S + T) each, K] with N a multiple of M; `each` keys belong to one
-    token. past: past tokens, for each row where rows differ; default S. Returns [B, N, T, K].
+    token. past: past tokens, 0 ... S, [B] integers where rows differ; default S. prefix: keys and
+    values [B, M, P, K]. Returns [B, N, T, K]. Raises ValueError when shapes do not fit.
     """
+    _check(q, k, v, past, prefix, each)
     if _native_does(q, k, v, past, prefix, each, 0):
         return CausalAttention.apply(each, 0, q, k, v, *(prefix or (None, None)))
     mask = causal_mask(q, k.shape[2] // each, past, None, plain=each == 1)
@@ -45,8 +48,11 @@ def sliding_attention(
     """Token i sees the `window` tokens i - window + 1 ... i, and the prefix.
 
     As `full_attention`, in time and memory that grow with T * window: blocks of `window` queries
-    look at two blocks of keys each.
+    look at two blocks of keys each. window: at least 1.
     """
+    _check(q, k, v, past, prefix, 1)
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
     if _native_does(q, k, v, past, prefix, 1, window):
         return CausalAttention.apply(1, window, q, k, v, *(prefix or (None, None)))
     tokens = q.shape[2]
@@ -73,6 +79,42 @@ def sliding_attention(
     rest = _attend(q, k, v, (column > row) & (column <= row + window), prefix)
     rest = rest.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
     return torch.cat([y, rest[:, :, : tokens - first]], 2)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, past: PerRow | None, prefix: Prefix | None, each: int
+) -> None:
+    """Refuse what does not fit, before any work."""
+    check_rank("q", q, "B, N, T, K")
+    check_rank("k", k, "B, M, S + T, K")
+    batch, heads, tokens, size = q.shape
+    shared, keys = k.shape[1:3]
+    if not size or not shared or heads % shared or each < 1 or keys % each or keys < tokens * each:
+        raise ValueError(
+            "q [B, N, T, K] and k [B, M, (S + T) each, K] must have N a multiple of M, S >= 0, K >= 1, "
+            f"got {list(q.shape)} and {list(k.shape)} with each = {each}"
+        )
+    check_shape("k", k, "B, M, (S + T) each, K", (batch, shared, keys, size))
+    check_shape("v", v, "B, M, (S + T) each, K", (batch, shared, keys, size))
+    check_one_kind(q=q, k=k, v=v)
+    if prefix is not None:
+        check_rank("the prefix's keys", prefix[0], "B, M, P, K")
+        for x in prefix:
+            shape = (batch, shared, prefix[0].shape[2], size)
+            check_shape("the prefix's keys and values", x, "B, M, P, K", shape)
+    if past is not None:
+        _check_past(past, batch, keys // each - tokens)
+
+
+def _check_past(past: PerRow, batch: int, slots: int) -> None:
+    if isinstance(past, Tensor):
+        fits = past.dtype in INTEGERS and past.shape == (batch,)
+    else:
+        fits = 0 <= past <= slots
+    if not fits:
+        raise ValueError(
+            f"past must be an integer in 0 ... {slots} or [B] = [{batch}] of them, got {past}"
+        )
 
 
 def _native_does(

@@ -228,7 +228,7 @@ def scan_chunks(
     refuse_transforms()
     wanted = "eager" if torch.compiler.is_compiling() else current_backend()
     if wanted == "native" or (wanted == "auto" and scan_wins(rows[0])):
-        reason = scan_problem(rows[0], len(weights))
+        reason = scan_problem(len(weights), *rows, *gates, *weights, *(momentum or ()), scale)
         if reason is None:
             return scan_native(rows, gates, weights, momentum, chunk_size, scale)
         if wanted == "native":

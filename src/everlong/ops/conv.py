@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.arguments import check_lengths, check_rank, check_shape
 from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
+from everlong.ops.native.rows import MOST_TAPS
 from everlong.ops.native.rows import ConvSilu as NativeConvSilu
 from everlong.ops.norm import unit_length
 
@@ -23,17 +25,12 @@ def causal_conv_silu(
 
     x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros;
     lengths: [B], how many of the T inputs are real in each row (default: all). unit: bring each so
-    many channels of y to unit length.
-    Returns y [B, T, N] and the tail for the next call.
+    many channels of y to unit length; divides N.
+    Returns y [B, T, N] and the tail for the next call. Raises ValueError when shapes do not fit.
     """
-    reach = weight.shape[1] - 1
-    if tail is not None and tail.shape != (x.shape[0], reach, x.shape[2]):
-        raise ValueError(
-            f"tail must be [B, J-1, N] = {[x.shape[0], reach, x.shape[2]]}, got {list(tail.shape)}: it "
-            "belongs to another layer or batch"
-        )
+    reach = _check(x, weight, tail, lengths, unit)
     tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
-    if native_takes(x, weight, tail):
+    if reach < MOST_TAPS and native_takes(x, weight, tail):
         y = NativeConvSilu.apply(x, weight, tail, unit or _head(x.shape[2]), unit is not None)
     else:
         y = _conv_silu(x, weight, tail)
@@ -44,6 +41,25 @@ def causal_conv_silu(
         return y, last[:, last.shape[1] - reach :]
     index = (lengths[:, None] + torch.arange(reach)).to(x.device)
     return y, torch.cat([tail, x], 1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _check(
+    x: Tensor, weight: Tensor, tail: Tensor | None, lengths: Tensor | None, unit: int | None
+) -> int:
+    """Refuse what does not fit, before any work. Returns J - 1."""
+    check_rank("x", x, "B, T, N")
+    check_rank("weight", weight, "N, J")
+    batch, tokens, channels = x.shape
+    reach = weight.shape[1] - 1
+    if reach < 0:
+        raise ValueError(f"weight must be [N, J], J at least 1, got {list(weight.shape)}")
+    check_shape("weight", weight, "N, J", (channels, reach + 1))
+    if tail is not None:
+        check_shape("tail", tail, "B, J-1, N", (batch, reach, channels))
+    check_lengths(lengths, batch, tokens)
+    if unit is not None and (unit < 1 or channels % unit):
+        raise ValueError(f"unit must divide the {channels} channels, got {unit}")
+    return reach
 
 
 def _head(channels: int) -> int:

@@ -10,7 +10,7 @@ from everlong.ops.decay import Gates, chunk_coefficients
 from everlong.ops.documents import Piece
 from everlong.ops.inner_mlp import InnerGradient
 from everlong.ops.memory_state import NeuralMemoryState
-from everlong.ops.neural_memory import chunk_neural_memory
+from everlong.ops.neural_memory import check_inputs, chunk_neural_memory
 from everlong.ops.state import per_row
 
 
@@ -34,12 +34,13 @@ def trace_neural_memory(
     scale: Tensor | None,
     lengths: Tensor | None = None,
 ) -> MemoryTrace:
-    """Arguments as `chunk_neural_memory`'s. Without gradients; chunk by chunk."""
+    """Arguments and errors as `chunk_neural_memory`'s. Without gradients; chunk by chunk."""
+    check_inputs(k, k, v, gates, state, scale, lengths)
     tokens, batch = k.shape[1], k.shape[0]
     counts = per_row(tokens if lengths is None else lengths, batch)
     offset = torch.zeros_like(counts)
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
-        k, v = k.to(state.dtype), v.to(state.dtype)
+        k, v, gates = k.to(state.dtype), v.to(state.dtype), gates.map(lambda x: x.to(state.dtype))
         empty = torch.zeros_like(gates.theta)
         alpha = empty if gates.log_retain is None else -gates.log_retain.expm1()
         eta = empty if gates.log_eta is None else gates.log_eta.exp()

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from everlong.ops.arguments import check_lengths, check_memory, check_rank, check_shape
 from everlong.ops.backend import native_takes
 from everlong.ops.chunk_scan import (
     carry_chunk,
@@ -39,8 +40,13 @@ def read_neural_memory(q: Tensor, weights: Sequence[Tensor], scale: Tensor | Non
     """y = M(q) at given weights, without writing (Titans v1 eq. 15).
 
     q: [B, T, H, K]; weights per layer [B, H, in, out]; scale [H, K] or None for a plain MLP.
-    Returns [B, T, H, K].
+    Returns [B, T, H, K]. Raises ValueError when shapes do not fit.
     """
+    check_rank("q", q, "B, T, H, K")
+    batch, _, heads, size = q.shape
+    check_memory(weights, batch, heads, size)
+    if scale is not None:
+        check_shape("scale", scale, "H, K", (heads, size))
     rows = q.transpose(1, 2).to(weights[0].dtype)
     scale = None if scale is None else scale.to(rows.dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -66,8 +72,9 @@ def recurrent_neural_memory(
     Arguments and results are those of `chunk_neural_memory`; all rows must stand at one position.
     """
     gates = Gates(theta, log_retain, log_eta)
-    _check(q, k, v, gates, state, scale, None)
+    check_inputs(q, k, v, gates, state, scale, None)
     scale = None if scale is None else scale.to(state.dtype)
+    k, v, gates = k.to(state.dtype), v.to(state.dtype), gates.map(lambda gate: gate.to(state.dtype))
     position = agreed(state.position)
     if isinstance(position, Tensor):
         raise ValueError(f"the reference wants equal positions, got {position.tolist()}")
@@ -154,7 +161,7 @@ def chunk_neural_memory(
     Returns y [B, T, H, K] in q's type, and the state. Raises ValueError when shapes do not fit.
     """
     gates = Gates(theta, log_retain, log_eta)
-    _check(q, k, v, gates, state, scale, lengths)
+    check_inputs(q, k, v, gates, state, scale, lengths)
     dtype, tokens = state.dtype, q.shape[1]
     scale = None if scale is None else scale.to(dtype)
     rows = tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -338,7 +345,7 @@ def _slot_rows(coefficients: ChunkCoefficients, start: int | Tensor, length: int
     )
 
 
-def _check(
+def check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -350,10 +357,12 @@ def _check(
     """Refuse what does not fit, before any work."""
     state.check()
     layers = len(state.weights)
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+    if k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             f"q, k, v must agree in [B, T, H, K], got {[tuple(x.shape) for x in (q, k, v)]}"
         )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, x, "B, T, H, K")
     batch, tokens, heads, size = q.shape
     state.check_batch(batch)
     for held, width in ((state.weights[0], 2), (state.weights[-1], 3)):
@@ -362,8 +371,8 @@ def _check(
                 f"the state's memory has {held.shape[1]} heads of size {held.shape[width]}, the input "
                 f"{heads} of size {size}: it belongs to another layer or model"
             )
-    if scale is not None and scale.shape != (heads, size):
-        raise ValueError(f"scale must be [H, K] = {[heads, size]}, got {list(scale.shape)}")
+    if scale is not None:
+        check_shape("scale", scale, "H, K", (heads, size))
     if gates.theta.dim() == 4 and gates.theta.shape[3] != layers:
         raise ValueError(
             f"the state's memory has {layers} layers but the gates are for {gates.theta.shape[3]}: it "
@@ -378,12 +387,9 @@ def _check(
         raise ValueError(
             f"the state is on {state.device}, the input on {q.device}: use state.to({str(q.device)!r})"
         )
-    for name, gate in gates._asdict().items():
-        if gate is not None and gate.shape != (batch, tokens, heads, layers):
-            raise ValueError(
-                f"{name} must be [B, T, H, L] = {[batch, tokens, heads, layers]}, got "
-                f"{list(gate.shape)}"
-            )
+    for name, gate in zip(Gates._fields, gates, strict=True):
+        if gate is not None:
+            check_shape(name, gate, "B, T, H, L", (batch, tokens, heads, layers))
     for name, gate, kept in (
         ("log_retain", gates.log_retain, state.log_retain),
         ("log_eta", gates.log_eta, state.log_eta),
@@ -393,12 +399,4 @@ def _check(
                 f"{name} is {'absent' if gate is None else 'given'} but the state was started "
                 f"{'without' if kept is None else 'with'} it: start the state with the same gates"
             )
-    if lengths is not None and (
-        not isinstance(lengths, Tensor)
-        or lengths.is_floating_point()
-        or lengths.shape != (batch,)
-        or bool(((lengths < 0) | (lengths > tokens)).any())
-    ):
-        raise ValueError(
-            f"lengths must be a tensor of integers, [B] = [{batch}], in 0 ... {tokens}, got {lengths}"
-        )
+    check_lengths(lengths, batch, tokens)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.arguments import check_rows, check_shape
 from everlong.ops.backend import native_takes
 from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.native.rows import GatedNorm, GateProduct
@@ -13,20 +14,30 @@ UNIT_EPS = 1e-6
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, computed in at least float32, safe at zero."""
+    """x / |x| over the last dimension, computed in at least float32, safe at zero.
+
+    Raises ValueError where x has no last dimension, an empty one, or no floating-point numbers.
+    """
+    check_rows("x", x)
     return _rescaled(x, 1.0, UNIT_EPS)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, computed in at least float32."""
-    return _rescaled(x, 1 / x.shape[-1], eps)
+    """x / rms(x) over the last dimension, computed in at least float32.
+
+    Raises ValueError as `unit_length` does.
+    """
+    return _rescaled(x, 1 / check_rows("x", x), eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """weight * x / rms(x), and times silu(gate) where there is one, in Llama's order of operations.
 
-    x, gate: [..., N]; weight: [N].
+    x, gate: [..., N]; weight: [N]. Raises ValueError when shapes do not fit.
     """
+    check_shape("weight", weight, "N", (check_rows("x", x),))
+    if gate is not None:
+        check_shape("gate", gate, "..., N", x.shape)
     if native_takes(x, weight, gate):
         return GatedNorm.apply(x, gate, weight, eps)
     y = weight * unit_rms(x, eps)
@@ -34,15 +45,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
 
 
 def swiglu(gate: Tensor, x: Tensor) -> Tensor:
-    """silu(gate) * x, of one shape."""
-    if gate.shape == x.shape and native_takes(gate, x):
+    """silu(gate) * x, of one shape. Raises ValueError for two."""
+    check_shape("gate", gate, "...", x.shape)
+    if native_takes(gate, x):
         return GateProduct.apply(gate, x, False)
     return torch.nn.functional.silu(gate) * x
 
 
 def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(gate) * x, of one shape."""
-    if gate.shape == x.shape and native_takes(gate, x):
+    """sigmoid(gate) * x, of one shape. Raises ValueError for two."""
+    check_shape("gate", gate, "...", x.shape)
+    if native_takes(gate, x):
         return GateProduct.apply(gate, x, True)
     return x * torch.sigmoid(gate)
 

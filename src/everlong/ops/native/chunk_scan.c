@@ -667,7 +667,7 @@ static void read_back(Chunk *n, Grads *d, real *scratch) {
 }
 
 /* Back through the last error signal: gradients of the last hidden (into dh), of the residual. */
-static void last_back(Chunk *n, Grads *d, real *dh, real *dresidual) {
+static void last_back(Chunk *n, Grads *d, real *dh, real *dresidual, real *scratch) {
     const Shape *s = n->s;
     const int64_t c = s->chunk, size = s->size;
     const int last = (int)s->layers - 1;
@@ -676,7 +676,7 @@ static void last_back(Chunk *n, Grads *d, real *dh, real *dresidual) {
         EACH(int64_t i = 0; i < c * size; i++) dh[i] = dresidual[i] = 2 * derrors[i];
         return;
     }
-    real dslope[size], dnormed[size];
+    real *dslope = take(&scratch, size), *dnormed = take(&scratch, size);
     for (int64_t t = 0; t < c; t++) {
         const real *normed = n->normed + t * size, *slope = n->along + t * size, *derror = derrors + t * size;
         const real *residual = n->residual + t * size, inverse = n->inverse[t];
@@ -712,7 +712,7 @@ static void inner_back(Chunk *n, Grads *d, real *scratch) {
         multiply(gemm, 0, 0, c, out, in, dpulled, in, layer_of(s, n->state, l + 1), ld, 1, d->error[l + 1], out);
         multiply(gemm, 1, 0, in, out, c, dpulled, in, n->error[l + 1], out, 1, layer_of(s, d->state, l + 1), ld);
     }
-    last_back(n, d, dh[last], dresidual);
+    last_back(n, d, dh[last], dresidual, scratch);
     for (int l = last; l >= 0; l--) {
         const int64_t in = s->widths[l], out = s->widths[l + 1], ld = row_stride(s, l);
         multiply(gemm, 1, 0, in, out, c, n->z[l], n->ldz[l], dh[l], out, 1, layer_of(s, d->state, l), ld);

@@ -1,17 +1,11 @@
-"""The C sources as a library: built on first use with the system's compiler, called by ctypes.
+"""The C sources as a library, called by ctypes (build.py makes it).
 
 Its matrix products are those of the BLAS inside torch, its threads OpenMP's.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.native.build import built, warn_once
+
 SMALL = 2**14
 SPARE = 64  # numbers
-FOLDER = Path(__file__).parent
-FLAGS = ["-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
-# The machine's own instructions and OpenMP are worth much, and not everywhere to be had.
-EXTRAS: tuple[list[str], ...] = (
-    ["-march=native", "-fopenmp"],
-    ["-mcpu=native", "-fopenmp"],
-    ["-fopenmp"],
-    [],
-)
+MOST_STRIDE = 2**31 - 1  # of BLAS's integers
+PLAIN = (Tensor, torch.nn.Parameter)
 TYPES = {torch.float32: ("float", "sgemm_"), torch.float64: ("double", "dgemm_")}
 
 
@@ -41,8 +30,10 @@ class Rows(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> "Rows":
-        """Of [B, H, N, size], the last dimension dense."""
-        return cls(x.data_ptr(), *x.stride()[:3])
+        """Of what `dense` gives, [B, H, N, size]."""
+        batch, head, row, _ = x.stride()
+        # The stride of a single row may be any number, and BLAS wants one that rows fit in.
+        return cls(x.data_ptr(), batch, head, row if x.shape[2] > 1 else max(x.shape[3], 1))
 
 
 class Library:
@@ -52,7 +43,8 @@ class Library:
         real, routine = TYPES[dtype]
         self.dtype = dtype
         self.gemm = ctypes.cast(_blas(routine), ctypes.c_void_p).value
-        self._library = ctypes.CDLL(str(_built(real)))
+        with built(real) as path:
+            self._library = ctypes.CDLL(str(path))
         self._own = threading.local()
 
     def call(self, name: str, *structures: ctypes.Structure) -> int:
@@ -65,7 +57,7 @@ class Library:
         """Room for numbers, kept from call to call: fresh memory costs more than its use."""
         held = getattr(self._own, "scratch", None)
         if held is None or len(held) < size:
-            held = self._own.scratch = torch.empty(size, dtype=self.dtype)
+            held = self._own.scratch = torch.empty(size, dtype=self.dtype, device="cpu")
         return held
 
 
@@ -90,14 +82,29 @@ def library(dtype: torch.dtype) -> Library:
 
 def problem(*tensors: Tensor | None) -> str | None:
     """Why the native kernels cannot take these tensors, if so."""
+    if intercepted():
+        return "they cannot be seen by a dispatch mode (FakeTensorMode is one) or by torch.func"
     given = [x for x in tensors if x is not None]
     dtype = given[0].dtype
     for x in given:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.dtype != dtype:
+        if type(x) not in PLAIN or not x.is_cpu or x.dtype != dtype or x.is_neg():
             got = f"{type(x).__name__} of {x.dtype} on {x.device}"
             return f"they take plain tensors of one type on the CPU, got {got}"
     loaded = load(dtype)
-    return str(loaded) if isinstance(loaded, OSError) else None
+    if not isinstance(loaded, OSError):
+        return None
+    if dtype in TYPES:
+        warn_once(
+            f"PyTorch's operations do the work of the native kernels: {loaded}; mend that, or choose "
+            "them with EVERLONG_BACKEND=eager"
+        )
+    return str(loaded)
+
+
+def intercepted() -> bool:
+    """Whether a mode or a transformation stands between PyTorch's operations and what they make, which
+    then may be no tensor with numbers: FakeTensorMode, a tracer, vmap."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 def threads_for(numbers: int) -> int:
@@ -122,8 +129,12 @@ def room_by_token(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """With the last dimension in one piece."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """With the last dimension in one piece, and rows that do not overlap, as BLAS wants them: those of
+    an expanded tensor do."""
+    rows, size = x.shape[-2:]
+    whole = x.stride(-1) == 1 or size == 1
+    apart = rows == 1 or size <= x.stride(-2) <= MOST_STRIDE
+    return x if whole and apart else x.contiguous()
 
 
 def integers(names: str) -> list[tuple[str, type]]:
@@ -145,35 +156,3 @@ def _blas(name: str) -> Any:
             except (OSError, AttributeError):
                 continue
     raise OSError(f"torch brings no BLAS with {name}")
-
-
-def _built(real: str) -> Path:
-    """The library for one type of numbers, from the user's cache or built now."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    key = "|".join([real, *compiler, *FLAGS, platform.machine(), _processor()]).encode()
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + key).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "everlong"
-    path = cache / f"native-{name}.so"
-    if path.exists():
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    units = [str(source) for source in sources if source.suffix == ".c"]
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        built = Path(folder) / path.name
-        for extra in EXTRAS:
-            command = [*compiler, *FLAGS, *extra, f"-DREAL={real}", *units, "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                os.replace(built, path)  # other processes may be at it as well
-                return path
-    raise OSError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-
-
-def _processor() -> str:
-    """What instructions there are: a library built on another machine may not run here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -18,6 +18,8 @@ from everlong.ops.native.library import (
     threads_for,
 )
 
+MOST_TAPS = 256  # their places lie on a thread's stack
+
 
 class _Conv(ctypes.Structure):
     """`Conv` of rows.c."""

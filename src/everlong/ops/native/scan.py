@@ -24,6 +24,7 @@ from everlong.ops.native.library import (
 
 Tensors = tuple[Tensor, ...]
 MAX_LAYERS = 8  # of chunk_scan.c
+MOST_INTERVAL = 512  # chunks
 COUNTS = "batch heads tokens size chunk layers parts decay interval train threads scaled"
 
 
@@ -43,11 +44,11 @@ def scan_native(
     return y, tuple(final[:layers]), None if momentum is None else tuple(final[layers:])
 
 
-def scan_problem(q: Tensor, layers: int) -> str | None:
-    """Why the native scan cannot read q [B, H, T, K] into memories of so many layers, if so."""
+def scan_problem(layers: int, *inputs: Tensor | None) -> str | None:
+    """Why the native scan cannot read these into memories of so many layers, if so."""
     if layers > MAX_LAYERS:
         return f"it does {MAX_LAYERS} layers at most, got {layers}"
-    return problem(q)
+    return problem(*inputs)
 
 
 def scan_wins(q: Tensor) -> bool:
@@ -82,8 +83,8 @@ class Shape(ctypes.Structure):
         shape.decay, shape.scaled = inputs[5] is not None, inputs[3] is not None
         shape.parts = 1 if inputs[6] is None else 2
         # What is kept of states and what a group of chunks needs at once grow alike; but the latter
-        # is there once, the former for each layer and segment.
-        shape.interval = max(8, math.isqrt(q.shape[2] // chunk_size * 2))
+        # is there once, the former for each layer and segment. A group lies on the thread's stack.
+        shape.interval = min(max(8, math.isqrt(q.shape[2] // chunk_size * 2)), MOST_INTERVAL)
         shape.threads = threads_for(q.numel())
         shape.widths[: layers + 1] = [q.shape[3], *(w.shape[3] for w in inputs[7 : 7 + layers])]
         return shape
