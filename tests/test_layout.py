@@ -12,15 +12,16 @@ SRC = Path(__file__).parents[1] / "src" / "everlong"
 # What each part may import besides itself and the standard library: parts of everlong (with a dot;
 # .__init__ are its public names) and packages ("*": any). A part that is not listed here fails, so
 # that its arrows get decided.
-ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance", ".pictures"}
+ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance", ".pictures", ".files"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
     "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops"},
-    "data": {"*"},
+    "data": {"*", ".files"},
     "allocator": set(),
     "provenance": {"*"},
-    "pictures": {"*"},
+    "pictures": {"*", ".files"},
+    "files": {"filelock"},
     "training": ON_TOP | {".allocator"},
     "evaluation": ON_TOP,
     "demo": ON_TOP | {".training", ".evaluation"},

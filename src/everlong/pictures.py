@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from everlong.files import write_file
+
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLES = ("-", "--", ":")
@@ -50,7 +52,9 @@ def new_panels(count: int, across: int, width: float, height: float) -> tuple[An
 def save_figure(figure: Any, path: Path) -> None:
     """Write the figure, and the folder it goes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix.removeprefix(".") or None)
+    write_file(path, file.getvalue())
 
 
 def svg_of(figure: Any, name: str) -> str:
