@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from everlong.cli import main, split_overrides
 from everlong.data import byte_tokenizer
+from everlong.files import hold
 from everlong.models import model_config
 from everlong.training import load_recipe
 from everlong.training.progress import TrainingProgress
@@ -79,7 +81,12 @@ def test_a_tokenizer_is_trained_and_loads(text_folder, tmp_path, capsys):
     ids = tokenizer("told often")["input_ids"]
     assert tokenizer.decode(ids) == "told often"
     assert len(ids) < len("told often")
+    assert f"{tmp_path / 'bpe'} holds a tokenizer already" in error_of(arguments, capsys)
+    arguments.append("--overwrite")
     assert "vocab_size must be at least 259" in error_of([*arguments, "--vocab_size", 9], capsys)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "bpe")) == 270
+    assert main([str(each) for each in [*arguments, "--vocab_size", 280]]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "bpe")) == 280
     (tmp_path / "empty.txt").touch()
     arguments = ["tokenizer", "--source", tmp_path / "empty.txt", "--out", tmp_path / "none"]
     assert "holds no text" in error_of(arguments, capsys)
@@ -369,6 +376,46 @@ def test_a_file_in_place_of_the_results_is_named_before_the_work(model, tmp_path
     (tmp_path / "file").touch()
     arguments = ["eval", model, "--lengths", "96", "--out", tmp_path / "file"]
     assert "file is a file: name a folder" in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("command", ["eval", "tokenizer", "train"])
+def test_a_folder_with_something_else_is_left_alone(
+    command, overwrite, model, text_folder, tiny_recipe, tmp_path, capsys
+):
+    """A trained model among it."""
+    arguments = {
+        "eval": ["eval", model, "--lengths", "96", "--samples", "2", "--out"],
+        "tokenizer": ["tokenizer", "--source", text_folder, "--vocab_size", "270", "--out"],
+        "train": ["train", tiny_recipe(), "--output_dir"],
+    }[command]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    for place in [mine] if command == "train" else [mine, model]:
+        before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+        message = rf"{place.name} holds files of no (run|evaluation|tokenizer) of everlong \("
+        assert re.search(message, error_of([*arguments, place, *overwrite], capsys))
+        assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_an_evaluation_goes_on_or_begins_anew(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["eval", str(model), "--lengths", "96", "--samples", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    [samples] = (out / "samples").rglob("*.jsonl")
+    before = samples.stat().st_ino
+    assert main(arguments) == 0
+    assert samples.stat().st_ino == before
+    assert main([*arguments, "--samples", "1", "--overwrite"]) == 0
+    assert len(list((out / "samples").rglob("*.jsonl"))) == 1
+    assert not (out / ".lock").exists()
+    with hold(out):
+        error = error_of(arguments, capsys)
+    assert f"{out} is being written to by process {os.getpid()} on " in error
+    with hold(tmp_path / "run"):
+        other = ["train", "needle-lmm", "--output_dir", tmp_path / "run"]
+        assert "run is being written to by process" in error_of(other, capsys)
 
 
 def test_version(capsys):

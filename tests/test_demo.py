@@ -3,7 +3,7 @@ import json
 import pytest
 
 from everlong.demo import FULL, SHORT, Entry, run_demo
-from everlong.training import TrainingInterrupted, known_recipes
+from everlong.training import TrainingInterrupted, known_recipes, load_recipe, train
 
 
 def test_the_plans_name_recipes_that_exist():
@@ -56,7 +56,10 @@ def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
 
     tiny_recipe(max_steps=2, save_steps=2)
     more = (Entry(entries[0].recipe, (96, 128), seeds=(0, 1)),)
-    longer = run_demo(full=True, entries=more, out=out, samples=3)
+    with pytest.raises(ValueError, match=r"tiny-llama-seed0 holds a run already.*--overwrite"):
+        run_demo(full=True, entries=more, out=out, samples=3)
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == times
+    longer = run_demo(full=True, entries=more, out=out, samples=3, overwrite=True)
     assert [cell.length for cell in longer.cells] == [96, 128] * 2
     assert (out / "full" / "needle.png").exists()
 
@@ -65,12 +68,35 @@ def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
 
 
 def test_a_stopped_demo_says_what_starts_anew(tiny_recipe, tmp_path, monkeypatch):
-    def stopped(run):
+    def stopped(run, **options):
         raise TrainingInterrupted("stopped; no checkpoint was saved yet")
 
     monkeypatch.setattr("everlong.demo._train", stopped)
     entries = (Entry(str(tiny_recipe()), (96,)),)
     with pytest.raises(TrainingInterrupted, match=r"no checkpoint(?s:.)*everlong demo starts anew"):
-        run_demo(entries=entries, out=tmp_path)
+        run_demo(entries=entries, out=tmp_path / "demo")
     with pytest.raises(TrainingInterrupted, match="--full goes on from there"):
-        run_demo(full=True, entries=entries, out=tmp_path)
+        run_demo(full=True, entries=entries, out=tmp_path / "demo")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_demo_deletes_nothing_but_its_own(full, tiny_recipe, tmp_path):
+    """Neither files of somebody else, nor a run of another recipe."""
+    entries = (Entry(str(tiny_recipe()), (96,)),)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_bytes(b"weights")
+    if not full:  # whose report has a folder of its own
+        with pytest.raises(ValueError, match=r"mine holds files of no evaluation.*model.safetensors"):
+            run_demo(full=full, entries=entries, out=mine, overwrite=True)
+    place = tmp_path / "demo" / "tiny-llama-seed0"
+    place.mkdir(parents=True)
+    (place / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"tiny-llama-seed0 holds files of no run.*thesis.txt"):
+        run_demo(full=full, entries=entries, out=tmp_path / "demo", overwrite=True)
+    assert (place / "thesis.txt").read_text() == "mine"
+    (place / "thesis.txt").unlink()
+    train(load_recipe(entries[0].recipe, ["--output_dir", str(place), "--training.max_steps=2"]))
+    with pytest.raises(ValueError, match=r"tiny-llama-seed0 holds a run already.*--overwrite"):
+        run_demo(full=full, entries=entries, out=tmp_path / "demo")
+    assert json.loads((place / "result.json").read_text())["steps"] == 2

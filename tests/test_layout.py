@@ -13,7 +13,7 @@ SRC = Path(__file__).parents[1] / "src" / "everlong"
 # .__init__ are its public names) and packages ("*": any). A part that is not listed here fails, so
 # that its arrows get decided.
 ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance", ".pictures"}
-ON_TOP |= {".words", ".strict_yaml", ".hub"}
+ON_TOP |= {".files", ".hub", ".strict_yaml", ".words"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
@@ -21,10 +21,11 @@ ALLOWED = {
     "words": {"rich"},
     "strict_yaml": {"yaml", ".words"},
     "hub": {"huggingface_hub", ".words"},
-    "data": {"*", ".hub", ".words"},
+    "files": {"filelock"},
+    "data": {"*", ".files", ".hub", ".words"},
     "allocator": set(),
     "provenance": {"*"},
-    "pictures": {"*", ".words"},
+    "pictures": {"*", ".files", ".words"},
     "training": ON_TOP | {".allocator"},
     "evaluation": ON_TOP,
     "demo": ON_TOP | {".training", ".evaluation"},

@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -227,6 +228,9 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
     evaluate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the samples (0)")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
+    evaluate.add_argument(
+        "--overwrite", action="store_true", help="begin anew where --out holds an evaluation"
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -266,6 +270,9 @@ def _add_tokenizer(commands: Any) -> None:
     )
     tokenizer.add_argument("--vocab_size", type=number(), default=8192, help="at most (8192)")
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
+    tokenizer.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier tokenizer in the same folder"
+    )
     tokenizer.add_argument("--text_column", default="text", help="of JSONL, Parquet, the hub (text)")
     tokenizer.add_argument("--subset", help="of a data set on the hub")
     tokenizer.add_argument("--split", default="train", help="of a data set on the hub (train)")
@@ -284,6 +291,9 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
     demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
+    demo.add_argument(
+        "--overwrite", action="store_true", help="replace other runs in its folders, of another recipe"
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -368,15 +378,14 @@ def _train(options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         result = train(recipe, overwrite=options.overwrite)
         folder = recipe.run_folder
-    leave()
-    if not _is_main():
-        return 0
-    print(
-        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
-        f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "
-        f"The model is in {folder}"
-    )
+    if _is_main():
+        print(
+            f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
+            f"{result['seconds'] / 60:.1f} minutes ({result['tokens_per_second']:,.0f} tokens/s). "
+            f"The model is in {folder}"
+        )
     _score(folder)
+    leave()
     return 0
 
 
@@ -418,7 +427,7 @@ def _runs(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from everlong.evaluation import SampleCounts, TaskOptions, build_tasks, evaluate, parse_length
     from everlong.evaluation.report import print_tables, write_report
-    from everlong.evaluation.run import processes
+    from everlong.evaluation.run import evaluation_folder, processes
 
     lengths = [parse_length(each) for each in options.lengths.split(",")]
     counts = SampleCounts.parse(str(options.samples))
@@ -434,30 +443,33 @@ def _evaluate(options: argparse.Namespace) -> int:
         num_fewshot=options.num_fewshot,
     )
     tasks = build_tasks(names, lengths, chosen)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
+    out, state = Path(options.out), processes()
     settings = {
         "command": shlex.join(["everlong", *options.command_line]),
         "lengths": lengths,
         "samples": str(options.samples),
         "seed": options.seed,
     }
-    results, samples = evaluate(
-        list(dict.fromkeys(options.models)),
-        tasks,
-        lengths,
-        counts,
-        out,
-        settings=settings,
-        passages=options.passages,
-        tokens_per_forward=options.tokens_per_forward,
-        on_results=lambda results: results.write(out / "results.json"),
-    )
-    if _is_main():
-        written = write_report(results, out, samples)
-        print_tables(results)
-        print(f"written: {', '.join(map(str, written))}")
-    processes().destroy_process_group()
+    with ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(evaluation_folder(out, overwrite=options.overwrite))
+        state.wait_for_everyone()  # others see samples of an earlier one no more
+        results, samples = evaluate(
+            list(dict.fromkeys(options.models)),
+            tasks,
+            lengths,
+            counts,
+            out,
+            settings=settings,
+            passages=options.passages,
+            tokens_per_forward=options.tokens_per_forward,
+            on_results=lambda results: results.write(out / "results.json"),
+        )
+        if state.is_main_process:
+            written = write_report(results, out, samples)
+            print_tables(results)
+            print(f"written: {', '.join(map(str, written))}")
+    state.destroy_process_group()
     return 0
 
 
@@ -523,17 +535,21 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from everlong.data import read_pieces, train_tokenizer
+    from everlong.data import read_pieces, save_tokenizer, train_tokenizer
+    from everlong.data.tokenizer import TOKENIZER_FILES
+    from everlong.files import check_output, hold
 
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known before the work
     if options.max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {options.max_bytes}")
-    pieces = read_pieces(
-        options.source, options.text_column, options.subset, options.split, options.max_bytes
-    )
-    tokenizer = train_tokenizer((piece.text.decode() for piece in pieces), options.vocab_size)
-    tokenizer.save_pretrained(out)
+    with hold(out):  # a place that cannot be written is known before the work
+        known = set(TOKENIZER_FILES).issuperset
+        check_output(out, "tokenizer", known, overwrite=options.overwrite)
+        pieces = read_pieces(
+            options.source, options.text_column, options.subset, options.split, options.max_bytes
+        )
+        tokenizer = train_tokenizer((piece.text.decode() for piece in pieces), options.vocab_size)
+        save_tokenizer(tokenizer, out)
     print(f"{len(tokenizer):,} tokens. The tokenizer is in {out}: train with --data.tokenizer {out}")
     return 0
 
@@ -541,7 +557,8 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from everlong.demo import run_demo
 
-    run_demo(full=options.full, out=Path(options.out) if options.out else None)
+    out = Path(options.out) if options.out else None
+    run_demo(full=options.full, out=out, overwrite=options.overwrite)
     return 0
 
 

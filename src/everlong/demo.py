@@ -3,12 +3,12 @@ beyond the length they were trained at.
 
 `everlong demo` starts anew each time. `everlong demo --full` trains the memory longer, with three
 seeds. It goes on from what is there, the demo's own Transformer among it, and from where it was
-stopped: a trained model and a scored sample stay as they are.
+stopped: a trained model and a scored sample stay as they are. A run of another recipe in one of its
+folders is refused, unless it is to be overwritten.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from everlong import words
 from everlong.evaluation import Results, evaluate
 from everlong.evaluation.haystack import HaystackTask
 from everlong.evaluation.report import print_tables, write_report
-from everlong.evaluation.run import RESULTS_FILE
-from everlong.provenance import RECIPE_FILE, RESULT_FILE
+from everlong.evaluation.run import RESULTS_FILE, evaluation_folder
+from everlong.files import check_output
+from everlong.provenance import RECIPE_FILE, RESULT_FILE, is_run
 from everlong.training import Recipe, TrainingInterrupted, last_checkpoint, load_recipe, resume, train
 
 OUT = Path("runs/demo")
@@ -67,11 +68,14 @@ def run_demo(
     out: Path | None = None,
     entries: tuple[Entry, ...] | None = None,
     samples: int = 100,
+    overwrite: bool = False,
 ) -> Results:
     """Train and evaluate the entries; print the tables, write the report (`write_report`).
 
     full: the long plan, which goes on from what is there, and whose report is in the folder `full`.
     out: instead of runs/demo. entries: other ones than the plan's. samples: for each length.
+    overwrite: replace runs of other recipes in the entries' folders. Raises ValueError for such a run
+    without it, and for a folder that holds something else, before any work.
     """
     started = time.perf_counter()
     out = out or OUT
@@ -82,28 +86,30 @@ def run_demo(
         for entry in entries or (FULL if full else SHORT)
         for seed in entry.seeds
     ]
-    for run in runs:
-        if not full and run.folder.exists():
-            shutil.rmtree(run.folder)
-        console.print(words.shown(run, "bold").append(": training", "not bold"))
-        try:
-            _train(run)
-        except TrainingInterrupted as stopped:
-            again = "everlong demo --full goes on from there" if full else "everlong demo starts anew"
-            raise TrainingInterrupted(f"{stopped}\nThat is this model alone; {again}.") from None
-    results, shown = evaluate(
-        [str(run.folder) for run in runs],
-        [HaystackTask("needle")],
-        {str(run.folder): run.lengths for run in runs},
-        samples,
-        place,
-        settings={"command": f"everlong demo{' --full' if full else ''}", "samples": samples},
-        on_results=lambda results: results.write(place / RESULTS_FILE),
-    )
-    results.settings |= {"phases": _phases(results), "seconds": time.perf_counter() - started}
-    _print_costs(results, console)
-    print_tables(results)
-    files = write_report(results, place, shown)
+    with evaluation_folder(place, beside=("*-seed*", "full")):
+        for run in runs:
+            _check(run, overwrite=overwrite)
+        for run in runs:
+            console.print(words.shown(run, "bold").append(": training", "not bold"))
+            try:
+                _train(run, anew=not full)
+            except TrainingInterrupted as stopped:
+                again = "demo --full goes on from there" if full else "demo starts anew"
+                text = f"{stopped}\nThat is this model alone; everlong {again}."
+                raise TrainingInterrupted(text) from None
+        results, shown = evaluate(
+            [str(run.folder) for run in runs],
+            [HaystackTask("needle")],
+            {str(run.folder): run.lengths for run in runs},
+            samples,
+            place,
+            settings={"command": f"everlong demo{' --full' if full else ''}", "samples": samples},
+            on_results=lambda results: results.write(place / RESULTS_FILE),
+        )
+        results.settings |= {"phases": _phases(results), "seconds": time.perf_counter() - started}
+        _print_costs(results, console)
+        print_tables(results)
+        files = write_report(results, place, shown)
     console.print(
         f"{(time.perf_counter() - started) / 60:.1f} minutes in all. "
         f"Written: {', '.join(map(words.plain, files))}",
@@ -118,11 +124,17 @@ def _plan(entry: Entry, seed: int, out: Path) -> _Run:
     return _Run(recipe, folder, entry.lengths)
 
 
-def _train(run: _Run) -> None:
-    """Train, resume, or leave as it is what is there of the same recipe."""
-    if _holds(run) and (run.folder / RESULT_FILE).is_file():
+def _check(run: _Run, *, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but this run, unless it is to be overwritten."""
+    if not _holds(run):
+        check_output(run.folder, "run", is_run, overwrite=overwrite)
+
+
+def _train(run: _Run, *, anew: bool) -> None:
+    """Train; unless anew, resume or leave as it is what is there of the same recipe."""
+    if not anew and _holds(run) and (run.folder / RESULT_FILE).is_file():
         return
-    if _holds(run) and last_checkpoint(run.folder):
+    if not anew and _holds(run) and last_checkpoint(run.folder):
         resume(run.folder)
     else:
         train(run.recipe, overwrite=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_file
 from .words import plain
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is too pale for lines.
@@ -80,7 +81,9 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write the figure, and the folder it goes to."""
     plain_words(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix.removeprefix(".") or None)
+    write_file(path, file.getvalue())
 
 
 def svg_of(figure: Any, name: str) -> str:

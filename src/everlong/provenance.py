@@ -34,6 +34,11 @@ def model_name(recipe: Mapping[str, Any]) -> str | None:
     return " ".join([kind, "+".join(layers)]).strip().replace("_", " ") or None
 
 
+def is_run(names: set[str]) -> bool:
+    """Whether these are the names in a run folder."""
+    return {RECIPE_FILE, PROVENANCE_FILE} <= names
+
+
 def provenance() -> dict[str, Any]:
     """The versions of everlong and what it stands on, the machine, and the time, as JSON values."""
     import torch

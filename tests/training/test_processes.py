@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from two_processes import MODELS, STEPS
 
 from everlong.cli import main
+from everlong.files import hold
 from everlong.training import load_recipe, resume, shard, train
 from everlong.training.processes import ProcessLost, launch_defaults, lost_processes, together
 from everlong.training.sharding import check_kind
@@ -272,3 +273,17 @@ def test_of_several_processes_the_main_one_tells_at_once(monkeypatch, capsys):
         assert main(["train", "/no/such.yaml"]) == 2
         assert len(waited) == waits
     assert "unknown recipe" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_job_share_its_folder_and_score_the_model(tiny_recipe, tmp_path):
+    """And another run of theirs is kept out of one that is held."""
+    folder = tmp_path / "run"
+    asked = ["--evaluation.tasks=[needle]", "--evaluation.lengths=[96]", "--evaluation.samples=3"]
+    arguments = ["train", tiny_recipe(max_steps=2), "--output_dir", folder, *asked]
+    with hold(folder):
+        _, error = everlong(*arguments, code=1)
+    assert f"{folder} is being written to by process {os.getpid()} on " in error
+    everlong(*arguments)
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert [cell["length"] for cell in results["cells"]] == [96]
+    assert not list(folder.rglob(".lock"))

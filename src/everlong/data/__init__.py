@@ -10,7 +10,14 @@ from .reading import read_pieces
 from .rows import PackedDataset, StreamedDataset, StreamsDataset
 from .ruler import RulerConfig
 from .text import Document, load_text, split
-from .tokenizer import byte_tokenizer, encode_bytes, gives_back, load_tokenizer, train_tokenizer
+from .tokenizer import (
+    byte_tokenizer,
+    encode_bytes,
+    gives_back,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 HAYSTACKS: dict[str, type[HaystackConfig]] = {
     "needle": NeedleConfig,
@@ -40,6 +47,7 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "read_pieces",
+    "save_tokenizer",
     "split",
     "train_tokenizer",
 ]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from everlong.files import write_file
+
 from .babi_solver import answers
 from .babi_story import Story
 from .babi_world import TASKS, simulate
@@ -98,7 +100,7 @@ def write_babi(folder: Path, tasks: Sequence[str], questions: int, seed: int = 0
                 block = simulate(task, rng)
                 lines += _lines(block, task)
                 written += len(block)
-            paths[task, part].write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_file(paths[task, part], "\n".join(lines) + "\n")
     return list(paths.values())
 
 

@@ -6,10 +6,13 @@ Stories are told by `simulate`, as many as wanted; the text is any source. A sam
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 TASKS = tuple(f"qa{number}" for number in range(1, 11))
 BPE = "bpe"
+ABOUT = "tokenizer_config.json"
 TRIES = 1000
 
 
@@ -70,10 +74,15 @@ class BabilongConfig(HaystackConfig):
             return load_tokenizer(self.tokenizer)
         key = f"1 {HaystackConfig.fingerprint(self)} {self.held_out} {self.tasks} {self.vocabulary}"
         folder = cache_home() / "tokenizers" / digest(key.encode())
-        if not (folder / "tokenizer_config.json").is_file():
+        if not (folder / ABOUT).is_file():
             documents = split(load_text(self.source), fraction=self.held_out)[0]
             tokenizer = train_tokenizer(self._texts(documents), self.vocabulary)
-            tokenizer.save_pretrained(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                tokenizer.save_pretrained(aside)
+                # Last the one that says that the others are there.
+                for file in sorted(Path(aside).iterdir(), key=lambda path: path.name == ABOUT):
+                    os.replace(file, folder / file.name)
         return load_tokenizer(str(folder))
 
     def _texts(self, documents: Sequence[Document]) -> Iterator[str]:

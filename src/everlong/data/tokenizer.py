@@ -4,10 +4,12 @@ hold. Corpora are mapped by numpy (a view, no copy); the tokenizer itself is for
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from everlong.files import whole_files
 from everlong.hub import from_hub
 from everlong.words import one_line
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BYTES = "bytes"  # what the byte tokenizer is called where a tokenizer is named
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 256 + 3
@@ -112,6 +115,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if not seen:
         raise ValueError("the source holds no text: a tokenizer is trained on some")
     return _with_special_tokens(backend)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer to a folder, for `AutoTokenizer`: all its files or none. Raises NotWritten."""
+    with whole_files(folder, f"the tokenizer in {folder}") as aside:
+        tokenizer.save_pretrained(aside)
 
 
 def _with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:

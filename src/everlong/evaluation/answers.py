@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everlong.data.config import digest
-
-from .store import append_line, read_lines
+from everlong.files import append_line, read_lines
 
 
 class Answers:

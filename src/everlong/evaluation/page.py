@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from everlong.files import write_file
 from everlong.pictures import INK, PAPER
 from everlong.words import plain_all
 
@@ -65,7 +66,7 @@ def write_html(
         body="\n".join(parts),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def title_of_report(results: Results) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from everlong.files import write_file
 from everlong.pictures import (
     HEAT,
     LETTER,
@@ -81,7 +82,7 @@ class Picture:
         """Write NAME.png and NAME.svg."""
         png, svg = (folder / f"{anchor(self.name)}.{kind}" for kind in ("png", "svg"))
         save_figure(self.figure, png)
-        svg.write_text(self.svg, encoding="utf-8")
+        write_file(svg, self.svg)
         return [png, svg]
 
 

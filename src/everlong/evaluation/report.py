@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from everlong.files import write_file
+
 from .page import Samples, subtitle_of_report, title_of_report, write_html
 from .plots import Picture, pictures
 from .results import Results
@@ -35,7 +37,7 @@ def write_report(results: Results, folder: Path, samples: Samples | None = None)
     results.write(json)
     drawn = list(pictures(results))
     files = [path for picture in drawn for path in picture.write(folder)]
-    markdown.write_text(to_markdown(results, drawn), encoding="utf-8")
+    write_file(markdown, to_markdown(results, drawn))
     write_html(results, page, samples, drawn)
     return [page, markdown, json, *files]
 

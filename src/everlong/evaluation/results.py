@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from everlong.files import write_file
 from everlong.provenance import provenance
 from everlong.words import plain_all
 
@@ -215,12 +215,10 @@ class Results:
         )
 
     def write(self, path: Path) -> None:
-        """Write results.json: aside first, so that one that is there is whole."""
+        """Write results.json."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_file(path, json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -24,6 +24,7 @@ import yaml
 from everlong.data.config import digest
 from everlong.data.corpus import cache_home
 from everlong.data.ruler import KINDS, Coder, RulerSample
+from everlong.files import write_file
 
 from .haystack import check_length
 from .ruler import TITLES, NiahTask, task_info
@@ -102,9 +103,7 @@ class OfficialRulerTask(NiahTask):
         if not file.is_file():
             text = self._generate(subject, room, count)
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f".{file.name}.{os.getpid()}")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, file)
+            write_file(file, text)
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def _generate(self, subject: Subject, room: int, count: int) -> str:

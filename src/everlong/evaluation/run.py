@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import json
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from rich.progress import (
 )
 
 from everlong.data.config import digest
+from everlong.files import check_output, hold
 from everlong.pictures import short_name
 from everlong.words import file_name, parse_size, plain
 
@@ -175,6 +179,28 @@ def evaluate(
                 shown.setdefault((job.task.info.name, outline.info.name), []).extend(found[:SHOWN])
                 on_results(results)
     return results, shown
+
+
+@contextmanager
+def evaluation_folder(
+    out: Path, *, overwrite: bool = False, beside: Sequence[str] = ()
+) -> Iterator[None]:
+    """Keep a folder for one evaluation at a time, which goes on with an earlier one's samples.
+
+    overwrite: delete those first. beside: patterns of what else may be in it. Raises ValueError
+    where another evaluation holds it, or it holds something else.
+    """
+
+    def known(names: set[str]) -> bool:
+        others = names.difference(*(fnmatch.filter(names, pattern) for pattern in beside))
+        return not others or not {RESULTS_FILE, SAMPLES_FOLDER}.isdisjoint(names)
+
+    with hold(out):
+        check_output(out, "evaluation", known, overwrite=True)
+        if overwrite:
+            shutil.rmtree(out / SAMPLES_FOLDER, ignore_errors=True)
+            (out / RESULTS_FILE).unlink(missing_ok=True)
+        yield
 
 
 def processes() -> PartialState:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+
+from everlong.files import append_line, read_lines
 
 from .task import Record
 
@@ -34,32 +34,6 @@ class Samples:
     def append(self, record: Record) -> None:
         """Write one more, to the disk at once."""
         append_line(self.path, record)
-
-
-def append_line(path: Path, value: Any) -> None:
-    """Append a line of JSON; half a line that a killed run left is cut off first."""
-    with path.open("ab+") as file:
-        end = file.seek(0, 2)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, 2)
-        file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines; what is no whole line is left out."""
-    if not path.is_file():
-        return []
-    values = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
-    return values
 
 
 def glob_escape(name: str) -> str:

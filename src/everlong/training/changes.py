@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from everlong.data.babilong import BPE
+from everlong.data.config import digest
+from everlong.data.tokenizer import BYTES
 from everlong.provenance import PROVENANCE_FILE
 
 from .recipe import Recipe
@@ -17,10 +20,13 @@ FREE = ("training.", "evaluation.", "guards.", "data.cache_folder", "name", "out
 
 
 def identity(recipe: Recipe, samples_per_step: int, processes: int) -> dict[str, Any]:
-    """What a run is, as JSON values: its recipe, its data's fingerprint, samples of a training step."""
+    """What a run is, as JSON values: its recipe, the fingerprints of its data and its tokenizer, the
+    samples of a training step."""
+    tokenizer = recipe.data.build_tokenizer()
     return {
         "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
         "data_fingerprint": recipe.data.fingerprint(),
+        "tokenizer_fingerprint": digest(tokenizer.backend_tokenizer.to_str().encode()),
         "samples_per_step": samples_per_step,
         "processes": processes,
     }
@@ -42,9 +48,8 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
         for name in changed
     }
     fixed = [words[name] for name in changed if not name.startswith(FREE)]
-    if before["data_fingerprint"] != now["data_fingerprint"] and not fixed:
-        source = now["recipe"]["data"].get("source")
-        fixed = [f"the text that data.source names ({source})"]
+    if not fixed:
+        fixed = _changed_files(before, now)
     if fixed:
         raise ValueError(
             f"{folder} cannot be continued, since this changed: {'; '.join(fixed)}. "
@@ -59,6 +64,19 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
             "make up for it"
         )
     return list(words.values())
+
+
+def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What the recipe names still, but has another content now."""
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    data = now["recipe"]["data"]
+    # Another tokenizer makes other tokens of the same text, and one made of a text follows it.
+    tokenizer = data.get("tokenizer", BYTES)
+    if "tokenizer_fingerprint" in changed and tokenizer != BPE:
+        return [f"the tokenizer that data.tokenizer names ({tokenizer})"]
+    if "data_fingerprint" in changed:
+        return [f"the text that data.source names ({data.get('source')})"]
+    return []
 
 
 def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from everlong.files import write_file
+from everlong.words import one_line
+
+FILES = "files.json"  # in a checkpoint: the bytes of each of its files
+PARTS = ("optimizer", "scheduler", "rng_state")  # what another run would begin anew
+
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a run folder; what is written last decides that it is whole."""
-    found = sort_checkpoints(str(folder))
-    whole = [path for path in found if Path(path, TRAINER_STATE_NAME).is_file()]
-    return whole[-1] if whole else None
+    """The newest checkpoint in a run folder that was written to its end."""
+    found = _finished(folder)
+    return found[-1] if found else None
 
 
 def step_of(checkpoint: str) -> int:
@@ -21,20 +29,75 @@ def step_of(checkpoint: str) -> int:
 
 
 def describe_last(folder: str | Path) -> str:
-    """The same in words, for messages."""
-    checkpoint = last_checkpoint(folder)
-    return f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+    """The last one of which nothing is damaged, in words, for messages."""
+    whole = _whole(folder)
+    return f"the last checkpoint is {whole[-1]}" if whole else "no checkpoint was saved yet"
+
+
+def seal(checkpoint: Path) -> None:
+    """Note which files a checkpoint has, so that `damage` sees what becomes of them."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    write_file(checkpoint / FILES, json.dumps(sizes, indent=2) + "\n")
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What is missing in a checkpoint or cut short, in words; None where nothing is."""
+    noted = Path(checkpoint, FILES)
+    if not noted.is_file():  # of an earlier version
+        names = [path.name for path in Path(checkpoint).iterdir()]
+        lacking = [part for part in PARTS if not any(name.startswith(part) for name in names)]
+        return f"has no {lacking[0]}" if lacking else None
+    try:
+        sizes = json.loads(noted.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"has a {FILES} that is cut short"
+    for name, size in sizes.items():
+        file = Path(checkpoint, name)
+        if not file.is_file():
+            return f"has no {name}"
+        if file.stat().st_size < size:
+            return f"has a {name} that is cut short ({file.stat().st_size:,} bytes of {size:,})"
+    return None
 
 
 def check_whole(checkpoint: str, max_steps: int) -> None:
-    """Refuse a checkpoint that lacks what another run would begin anew, or that is past max_steps."""
-    step, there = step_of(checkpoint), {path.name for path in Path(checkpoint).iterdir()}
-    if step > max_steps:
+    """Refuse a checkpoint that is damaged, or past max_steps."""
+    if step_of(checkpoint) > max_steps:
         raise ValueError(
             f"{checkpoint} is past training.max_steps = {max_steps}: give more of them, or delete it"
         )
-    for part in ("optimizer", "scheduler", "rng_state"):
-        if not any(name.startswith(part) for name in there):
-            raise ValueError(
-                f"{checkpoint} has no {part}: delete it and resume again, from the one before it"
-            )
+    found = damage(checkpoint)
+    if found:
+        raise ValueError(f"{checkpoint} {found}: {_without(checkpoint)}")
+
+
+@contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """Turns what libraries say of a damaged file into ValueError with the way to go on."""
+    try:
+        yield
+    except (ValueError, ConnectionError):
+        raise
+    except Exception as error:  # a dozen kinds, of zip files, pickles and JSON
+        raise ValueError(
+            f"{checkpoint} is damaged or cut short ({one_line(error)}): {_without(checkpoint)}"
+        ) from error
+
+
+def _without(checkpoint: str) -> str:
+    """How to go on without a checkpoint."""
+    others = [other for other in _whole(Path(checkpoint).parent) if other != checkpoint]
+    if not others:
+        return f"delete {checkpoint} and train anew with --overwrite, as no other checkpoint is whole"
+    return f"delete {checkpoint} and resume again, from {others[-1]}, the last one that is whole"
+
+
+def _finished(folder: str | Path) -> list[str]:
+    # The state is what the Trainer writes last.
+    found = sort_checkpoints(str(folder))
+    return [path for path in found if Path(path, TRAINER_STATE_NAME).is_file()]
+
+
+def _whole(folder: str | Path) -> list[str]:
+    return [path for path in _finished(folder) if damage(path) is None]

@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from everlong.files import append_line, read_lines, write_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -89,8 +91,7 @@ class TrainingProgress(TrainerCallback):
         logged = read_metrics(self.path.parent) if self.shown else []
         kept = [line for line in logged if line["step"] <= state.global_step]
         if self.shown:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            self.path.write_text(text, encoding="utf-8")
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
         self._started = time.perf_counter()
@@ -157,17 +158,11 @@ class TrainingProgress(TrainerCallback):
         self.bar.console.print(f"step {step:6d}  left out: {reason}")
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not self.shown:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "seconds": self.seconds}) + "\n")
+        if self.shown:
+            append_line(self.path, {**line, "seconds": self.seconds})
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl; none if it is not there."""
-    path = Path(folder, METRICS_FILE)
-    if not path.is_file():
-        return []
-    # A killed run may have left half a line.
-    text = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in text.splitlines()]
+    """The lines of a run folder's metrics.jsonl; none if it is not there. A killed run may have left
+    half a line, which is left out."""
+    return read_lines(Path(folder, METRICS_FILE))

@@ -25,6 +25,7 @@ import yaml
 from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
 from everlong.data.tokenizer import BYTES
+from everlong.files import write_file
 from everlong.provenance import RECIPE_FILE
 from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
@@ -118,7 +119,7 @@ class Recipe:
 
     def save(self, folder: str | Path) -> None:
         """Write the recipe to `folder`/recipe.yaml, whence `load_recipe` reads it back."""
-        Path(folder, RECIPE_FILE).write_text(self.to_yaml(), encoding="utf-8")
+        write_file(Path(folder, RECIPE_FILE), self.to_yaml())
 
     @property
     def run_folder(self) -> Path:

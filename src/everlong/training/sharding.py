@@ -45,12 +45,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save_whole_model(trainer: Trainer) -> None:
-    """Write the model to the Trainer's folder, for `from_pretrained`, however it is divided."""
+def save_whole_model(trainer: Trainer, folder: Path) -> None:
+    """Write the model to a folder, for `from_pretrained`, however it is divided."""
     if trainer.is_fsdp_enabled:
         # With checkpoints in pieces the Trainer writes no model at all.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    trainer.save_model(str(folder))
 
 
 def check_kind(checkpoint: str, *, sharded: bool) -> None:

@@ -14,15 +14,16 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from rich.console import Console
 from safetensors.torch import load_model
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
 from transformers import (
     PreTrainedModel,
@@ -33,27 +34,39 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from everlong.allocator import keep_freed_memory
 from everlong.data import gives_back
-from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE, provenance
+from everlong.files import (
+    LOCK,
+    NotWritten,
+    aside_of,
+    check_output,
+    hold,
+    sync,
+    whole_files,
+    write_file,
+    writing,
+)
+from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE, is_run, provenance
 
 from .arguments import build_training_arguments
 from .carry import MemoryTrainer
 from .changes import check_changes, identity
-from .checkpoint import check_whole, describe_last, last_checkpoint, step_of
+from .checkpoint import check_whole, describe_last, last_checkpoint, reading, seal, step_of
 from .guards import Watch
 from .model import build_model
 from .processes import any_process, is_main, lost_processes, together
-from .progress import TrainingProgress
+from .progress import METRICS_FILE, TrainingProgress
 from .recipe import Recipe, load_recipe
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
+from .tensorboard import Logs
 
-ASIDE = "unfinished"  # in a run folder: a checkpoint that is being written
+# Of a group of parameters: what the recipe says, and not the checkpoint of a run that it has continued.
+SET_BY_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -69,52 +82,98 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
     """
     folder = recipe.run_folder
-    with together():
-        _check_folder(folder, overwrite)
-    return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
+    with _alone(folder):
+        with together():
+            check_output(
+                folder,
+                "run",
+                is_run,
+                overwrite=overwrite,
+                otherwise=f"continue it with --resume {folder}, ",
+            )
+        return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continue the run in a folder from its last checkpoint; otherwise like `train`.
 
-    A run that was killed before its first one starts anew. overrides: as for `load_recipe`, over the
-    run's own recipe.
+    A run that was killed before its first one starts anew, one that has ended is left as it is.
+    overrides: as for `load_recipe`, over the run's own recipe. What they change of the learning rate
+    holds from the next step on.
     """
+    folder = Path(folder)
     for file in (RECIPE_FILE, PROVENANCE_FILE):
         if not Path(folder, file).is_file():
             raise ValueError(f"{folder} is not a run folder: it has no {file}")
     if any(option.partition("=")[0] == "--output_dir" for option in overrides):
         raise ValueError("a run is resumed in its own folder: leave --output_dir out")
-    recipe = load_recipe(Path(folder, RECIPE_FILE), overrides)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        check_whole(checkpoint, recipe.training.get("max_steps", 0))
-    if checkpoint is None and Path(folder, RESULT_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds no checkpoint to resume from: "
-            "train it anew with --overwrite, with training.save_steps below training.max_steps"
-        )
-    return _run(replace(recipe, output_dir=str(folder)), checkpoint)
+    recipe = load_recipe(folder / RECIPE_FILE, overrides)
+    with _alone(folder):
+        checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
+        result = _ended(folder, checkpoint, steps)
+        if result is not None:
+            if is_main():
+                text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
+                Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+            return result
+        if checkpoint is not None:
+            check_whole(checkpoint, steps)
+        elif (folder / RESULT_FILE).is_file():
+            raise ValueError(
+                f"{folder} holds no checkpoint to resume from: "
+                "train it anew with --overwrite, with training.save_steps below training.max_steps"
+            )
+        return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that training may not empty."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file: name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not ((folder / RECIPE_FILE).is_file() and (folder / PROVENANCE_FILE).is_file()):
-        raise ValueError(f"output_dir {folder} holds files of no run of everlong: name another")
-    if not overwrite:
-        raise ValueError(
-            f"{folder} holds a run already: continue it with --resume {folder}, "
-            "delete it with --overwrite, or name another --output_dir"
-        )
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep all but the processes of this run out of its folder; the main one holds it for them."""
+    with ExitStack() as held:
+        with together():
+            if is_main():
+                held.enter_context(hold(folder))
+        yield
+
+
+def _ended(folder: Path, checkpoint: str | None, steps: int) -> dict[str, Any] | None:
+    """The result of a run that has ended after so many steps; None of any other."""
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    reached = steps if checkpoint is None else step_of(checkpoint)
+    return result if result.get("steps") == reached == steps else None
 
 
 @lost_processes()
 def _run(recipe: Recipe, checkpoint: str | None, *, emptied: bool = False) -> dict[str, Any]:
     """Train from a checkpoint, or from the start; emptied: of all that is in the folder."""
+    folder = recipe.run_folder
+    try:
+        trainer, changes = _set_up(recipe, checkpoint, emptied=emptied)
+        progress, interrupt = trainer.watch.progress, _Interrupt()
+        trainer.add_callback(interrupt)
+        with interrupt.caught(), progress:
+            for change in changes:
+                progress.bar.console.print(f"changed: {change}")
+            loss = _fit(trainer, checkpoint, interrupt)
+        if interrupt.requested:
+            raise TrainingInterrupted(_interrupted(folder))
+        trainer.save_trained()
+        result = _write_result(recipe, trainer, loss, progress)
+    except NotWritten as error:
+        begun = (folder / RECIPE_FILE).is_file()
+        again = f"continue with: everlong train --resume {folder}" if begun else "start it again"
+        raise NotWritten(f"{error}; {describe_last(folder)}. Make room, and {again}") from error
+    trainer.accelerator.wait_for_everyone()  # now the folder is whole for all of them
+    return result
+
+
+def _set_up(
+    recipe: Recipe, checkpoint: str | None, *, emptied: bool
+) -> tuple[EverlongTrainer, list[str]]:
+    """The trainer of a recipe, with its folder made, and what has changed since the checkpoint."""
     arguments = build_training_arguments(recipe)
     folder = recipe.run_folder
     with together():
@@ -137,7 +196,6 @@ def _run(recipe: Recipe, checkpoint: str | None, *, emptied: bool = False) -> di
     tokenizer = recipe.data.build_tokenizer()
     size = _bytes_per_label(held_out) if gives_back(tokenizer) else None
     progress = TrainingProgress(folder, recipe.data.length_at, size, shown=is_main())
-    interrupt = _Interrupt()
     watch = Watch(recipe.guards, progress)
     trainer = EverlongTrainer(
         watch=watch,
@@ -147,43 +205,58 @@ def _run(recipe: Recipe, checkpoint: str | None, *, emptied: bool = False) -> di
         eval_dataset=held_out,
         data_collator=_collate,
         processing_class=tokenizer,
-        callbacks=[progress, interrupt, watch],
+        callbacks=[progress, watch],
     )
     if is_main():
-        trainer.add_callback(_tensorboard(folder, checkpoint))
+        first = step_of(checkpoint) + 1 if checkpoint else 0
+        trainer.logs = Logs(folder / "tensorboard", first)
+        trainer.add_callback(trainer.logs)
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
     if getattr(recipe.data, "layout", None) == "streams":
         trainer.carry_memory()
-    with interrupt.caught(), progress:
-        for change in changes:
-            progress.bar.console.print(f"changed: {change}")
-        try:
-            keep_freed_memory()
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-            at_end = progress.held_out.get("step") == trainer.state.global_step
-            if progress.bytes_per_label is not None and not (at_end or interrupt.requested):
-                trainer.evaluate()
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(_interrupted(folder)) from None
-        finally:
-            if is_main():
-                plot_losses(folder / PICTURE_FILE, [Run(folder)])
-    if interrupt.requested:
-        raise TrainingInterrupted(_interrupted(folder))
-    save_whole_model(trainer)
-    result = _write_result(recipe, trainer, output.training_loss, progress)
-    trainer.accelerator.wait_for_everyone()  # now the folder is whole for all of them
-    return result
+    return trainer, changes
+
+
+def _fit(trainer: EverlongTrainer, checkpoint: str | None, interrupt: _Interrupt) -> float:
+    """Train, and return the mean loss. Whatever stops it, what was logged is drawn."""
+    progress, folder = trainer.watch.progress, Path(trainer.args.output_dir)
+    try:
+        keep_freed_memory()
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        at_end = progress.held_out.get("step") == trainer.state.global_step
+        if progress.bytes_per_label is not None and not (at_end or interrupt.requested):
+            trainer.evaluate()
+        return float(output.training_loss)
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(_interrupted(folder)) from None
+    finally:
+        if is_main():
+            _draw(folder, progress)
+            trainer.logs.close()
+
+
+def _draw(folder: Path, progress: TrainingProgress) -> None:
+    """Draw the losses; that they cannot be drawn stops nothing, and hides nothing that did."""
+    try:
+        plot_losses(folder / PICTURE_FILE, [Run(folder)])
+    except (OSError, ValueError) as error:
+        progress.bar.console.print(f"no picture of the losses: {error}", markup=False)
 
 
 def _prepare_folder(recipe: Recipe, about: dict[str, Any], *, emptied: bool) -> None:
     folder = recipe.run_folder
-    if emptied and folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / PROVENANCE_FILE, {"seed": recipe.seed, **provenance(), **about})
-    recipe.save(folder)
+    if emptied:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    with whole_files(folder, str(folder)) as aside:
+        values = {"seed": recipe.seed, **provenance(), **about}
+        (aside / PROVENANCE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (aside / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def _write_result(
@@ -202,16 +275,8 @@ def _write_result(
     }
     result |= {name: value for name, value in progress.held_out.items() if name != "step"}
     if is_main():
-        _write_json(recipe.run_folder / RESULT_FILE, result)
+        write_file(recipe.run_folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _tensorboard(folder: Path, checkpoint: str | None) -> TrainerCallback:
-    """Logs for TensorBoard; what a checkpoint's run logged behind it is dropped."""
-    from tensorboardX import SummaryWriter
-
-    step = step_of(checkpoint) + 1 if checkpoint else 0
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
 
 
 def _bytes_per_label(held_out: Subset) -> float | None:
@@ -247,6 +312,7 @@ class EverlongTrainer(MemoryTrainer):
     alone, and a checkpoint that is there is whole."""
 
     saving_in: Path | None = None
+    logs: Logs
 
     def __init__(self, *, watch: Watch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -268,30 +334,42 @@ class EverlongTrainer(MemoryTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(folder / name)
-        aside = folder / ASIDE
+        with self._written_aside(name) as aside:
+            self.saving_in = aside
+            try:
+                with together():
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_in = None
+            if self.args.should_save:
+                seal(aside / name)
+            if is_main():
+                sync(folder / METRICS_FILE)  # what it says up to here will not be logged again
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.saving_in = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(
-                f"checkpoint-{step} could not be written ({error}); {describe_last(folder)}"
-            ) from error
-        finally:
-            self.saving_in = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (aside / name).rename(folder / name)
-            aside.rmdir()
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def save_trained(self) -> None:
+        """Write the model and the tokenizer to the run folder."""
+        card = "README.md"
+        with self._written_aside("the model") as aside:
+            save_whole_model(self, aside)
+            if Path(self.args.output_dir, card).exists():  # it may be somebody's own by now
+                (aside / card).unlink(missing_ok=True)
+
+    @contextmanager
+    def _written_aside(self, what: str) -> Iterator[Path]:
+        """`whole_files` in the run folder, for all processes."""
+        folder = Path(self.args.output_dir)
+        with together(), ExitStack() as stack:
+            with together():
+                if self.args.should_save:
+                    stack.enter_context(whole_files(folder, what))
+            with together(), writing(what, aside_of(folder)):
+                yield aside_of(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
@@ -302,18 +380,40 @@ class EverlongTrainer(MemoryTrainer):
         if self.is_fsdp_enabled or not file.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        try:
-            load_model(model or self.model, file)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged or cut short ({error}): delete {resume_from_checkpoint} and resume "
-                "again, from the checkpoint before it"
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(
-                f"{resume_from_checkpoint} does not fit the recipe's model: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+        with reading(resume_from_checkpoint):
+            try:
+                load_model(model or self.model, file)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{resume_from_checkpoint} does not fit the recipe's model: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        groups = self.optimizer.param_groups
+        said = [{name: group[name] for name in SET_BY_RECIPE if name in group} for group in groups]
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        for group, own in zip(self.optimizer.param_groups, said, strict=True):
+            group.update(own)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self._follow_schedule(self.lr_scheduler)
+
+    def _follow_schedule(self, schedule: LambdaLR) -> None:
+        """Take the learning rates of the next step from the recipe's schedule. Those of the checkpoint
+        are of the schedule that it was made with: 0 where that had come to its end."""
+        groups, step = self.optimizer.param_groups, schedule.last_epoch
+        base = [group["initial_lr"] for group in groups]
+        rates = [rate * factor(step) for rate, factor in zip(base, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict({**schedule.state_dict(), "base_lrs": base, "_last_lr": rates})
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def training_step(
         self, model: PreTrainedModel, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -366,7 +466,3 @@ class _Interrupt(TrainerCallback):
             self.requested = True
             control.should_save = True
             control.should_training_stop = True
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

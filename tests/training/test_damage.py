@@ -1,0 +1,156 @@
+"""Damaged checkpoints are named, with the last one that is whole; never gone on from."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from everlong.cli import main
+from everlong.training import load_recipe, resume, train
+from everlong.training.checkpoint import FILES, describe_last
+from everlong.training.progress import read_metrics
+
+CUTS = {"empty": lambda size: 0, "half": lambda size: size // 2, "last byte": lambda size: size - 1}
+READ = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "memory_0.safetensors")
+
+
+def run_of(tiny_recipe, tmp_path, *options):
+    """A run with the checkpoints 2 and 4, and a memory in each."""
+    path = tiny_recipe("titans", max_steps=4, save_steps=2)
+    change(path, task="text", layout="streams", cache_folder=str(tmp_path / "cache"))
+    train(load_recipe(path, ["--output_dir", str(tmp_path / "run"), *options]))
+    return tmp_path / "run"
+
+
+def change(path, **data):
+    """Give the recipe other data."""
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] |= data
+    path.write_text(yaml.safe_dump(recipe))
+
+
+def error_of(folder, capsys, *options):
+    """The one line of a `train --resume` for one step more."""
+    capsys.readouterr()
+    assert main(["train", "--resume", str(folder), "--training.max_steps=5", *options]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.rstrip("\n").rpartition("\n")[2]
+
+
+def test_each_file_of_a_checkpoint_cut_or_missing_is_named(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    last = folder / "checkpoint-4"
+    files = sorted(path for path in last.iterdir() if path.name != "trainer_state.json")
+    assert {*READ, FILES} <= {path.name for path in files}
+    for path in files:
+        whole = path.read_bytes()
+        for cut in [None, *CUTS.values()]:
+            if cut is None:
+                path.unlink()
+            else:
+                path.write_bytes(whole[: cut(len(whole))])
+            if path.name == FILES and (cut is None or whole[:-1] == whole[: cut(len(whole))].rstrip()):
+                continue  # it holds nothing that is needed
+            error = error_of(folder, capsys)
+            assert f"{last} has " in error
+            assert f" {path.name}" in error
+            assert f"delete {last} and resume again, from {folder / 'checkpoint-2'}" in error
+            assert describe_last(folder).endswith("checkpoint-2")
+        path.write_bytes(whole)
+    assert resume(folder, ["--training.max_steps=5"])["steps"] == 5
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_state_of_a_checkpoint(cut, tiny_recipe, tmp_path, capsys):
+    """Which says that it was written to its end: without it, the one before is gone on from."""
+    folder = run_of(tiny_recipe, tmp_path)
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    data = state.read_bytes()
+    state.write_bytes(data[: CUTS[cut](len(data))])
+    assert "checkpoint-4 has a trainer_state.json that is cut short" in error_of(folder, capsys)
+    shutil.rmtree(folder / "checkpoint-2")
+    assert f"delete {folder / 'checkpoint-4'} and train anew" in error_of(folder, capsys)
+    assert describe_last(folder) == "no checkpoint was saved yet"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_no_longer_readable_is_said_in_one_line(name, tiny_recipe, tmp_path, capsys):
+    """Of the same size, or of a checkpoint that an earlier version wrote."""
+    folder = run_of(tiny_recipe, tmp_path)
+    file = folder / "checkpoint-4" / name
+    size = file.stat().st_size
+    file.write_bytes(bytes(size))
+    assert str(folder / "checkpoint-4") in error_of(folder, capsys)
+    (folder / "checkpoint-4" / FILES).unlink()
+    file.write_bytes(file.read_bytes()[: size // 2])
+    assert str(folder / "checkpoint-4") in error_of(folder, capsys)
+
+
+def test_going_on_from_the_one_before_equals_the_run(tiny_recipe, tmp_path):
+    folder = run_of(tiny_recipe, tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "result.json").unlink()
+    (folder / "README.md").write_text("mine")
+    assert resume(folder)["steps"] == 4
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_run_that_is_finished_says_so(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert f"{folder} is finished after 4 steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def logged(folder, name):
+    return {line["step"]: line[name] for line in read_metrics(folder) if name in line}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse_sqrt"])
+def test_more_steps_follow_their_own_schedule_at_once(schedule, tiny_recipe, tmp_path):
+    """The learning rates of a run that was to have so many from the start."""
+    path = tiny_recipe(logging_steps=1, lr_scheduler_type=schedule)
+    for name, steps in (("whole", 8), ("run", 4)):
+        options = ["--output_dir", str(tmp_path / name), f"--training.max_steps={steps}"]
+        train(load_recipe(path, options))
+    resume(tmp_path / "run", ["--training.max_steps=8"])
+    want, got = (logged(tmp_path / name, "learning_rate") for name in ("whole", "run"))
+    assert {step: got[step] for step in range(5, 9)} == {step: want[step] for step in range(5, 9)}
+    assert got[5] > 0
+
+
+def test_a_changed_learning_rate_and_weight_decay_hold_from_the_next_step(tiny_recipe, tmp_path):
+    path = tiny_recipe(logging_steps=1, max_steps=4, lr_scheduler_type="linear")
+    folder = tmp_path / "run"
+    train(load_recipe(path, ["--output_dir", str(folder)]))
+    options = [
+        "--training.max_steps=8",
+        "--training.learning_rate=0.002",
+        "--training.weight_decay=0.3",
+    ]
+    resume(folder, options)
+    assert logged(folder, "learning_rate")[5] == pytest.approx(0.002 * 4 / 8)
+    groups = torch.load(folder / "checkpoint-8" / "optimizer.pt")["param_groups"]
+    assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.3]
+
+
+@pytest.mark.parametrize("task", ["babilong", "text"])
+def test_a_changed_tokenizer_is_named(task, tiny_recipe, text_folder, tmp_path, capsys):
+    """Not the text, which is as it was; nor is it read as if nothing were."""
+    bpe, folder = tmp_path / "bpe", tmp_path / "run"
+    command = ["tokenizer", "--source", str(text_folder), "--out", str(bpe), "--vocab_size"]
+    assert main([*command, "270"]) == 0
+    path = tiny_recipe(max_steps=2)
+    own = {"cache_folder": str(tmp_path / "cache"), "length": 32} if task == "text" else {"length": 512}
+    change(path, task=task, tokenizer=str(bpe), **own)
+    train(load_recipe(path, ["--output_dir", str(folder), "--model.vocab_size=300"]))
+    assert main([*command, "280", "--overwrite"]) == 0
+    error = error_of(folder, capsys)
+    assert f"this changed: the tokenizer that data.tokenizer names ({bpe})" in error
+    assert "data.source" not in error
