@@ -1,8 +1,11 @@
 """What can be done with a state: rows, files, devices."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from memory_cases import make_inputs, run, start_state
+from safetensors import SafetensorError
 
 from everlong.ops import NeuralMemoryState, chunk_neural_memory
 from numerics import assert_states_close
@@ -58,6 +61,22 @@ def test_damaged_files(tmp_path, state):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no state of format"):
         NeuralMemoryState.load(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, state, monkeypatch):
+    path = tmp_path / "memory.safetensors"
+    state.select([0]).save(path)
+    whole = path.read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("everlong.ops.state.save_file", full)
+    with pytest.raises(OSError, match=r"memory\.safetensors .*No space left"):
+        state.save(path)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_current_of_an_empty_chunk_is_the_start():

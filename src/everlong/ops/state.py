@@ -5,6 +5,7 @@ CPU when they do not, so that no step waits for a device to learn where it stand
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -328,13 +329,21 @@ def _map(value: Any, function: Callable[[Tensor], Tensor], skip: str | None = No
 
 
 def save_states(states: Any, path: str | Path) -> None:
-    """Write a tree of states, lists, dicts, tensors, numbers and names to one safetensors file."""
+    """Write a tree of states, lists, dicts, tensors, numbers and names to one safetensors file, whole:
+    where it cannot be written, OSError says why and an earlier file stays."""
     named: dict[str, Tensor] = {}
     tree = _describe(states, "", named)
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {Path(path).parent}")
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "tree": json.dumps(tree)})
+    path = Path(os.path.realpath(path))  # a link stays one
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, aside, metadata={"format": FORMAT, "tree": json.dumps(tree)})
+        os.replace(aside, path)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
 
 
 def load_states(path: str | Path) -> Any:
