@@ -13,10 +13,12 @@ SRC = Path(__file__).parents[1] / "src" / "everlong"
 # .__init__ are its public names) and packages ("*": any). A part that is not listed here fails, so
 # that its arrows get decided.
 ON_TOP = {"*", ".__init__", ".data", ".models", ".layers", ".ops", ".provenance", ".pictures"}
+ON_TOP |= {".words"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
-    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops"},
+    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops", ".words"},
+    "words": {"rich"},
     "data": {"*"},
     "allocator": set(),
     "provenance": {"*"},

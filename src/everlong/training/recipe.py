@@ -28,7 +28,7 @@ from everlong.provenance import RECIPE_FILE
 from .arguments import build_training_arguments
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
-from .names import check_names, one_line
+from everlong.words import check_names, one_line
 
 
 @dataclass

@@ -18,7 +18,7 @@ from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
 
 from .changes import flat_fields
-from .names import one_line
+from everlong.words import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"

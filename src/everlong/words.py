@@ -1,4 +1,4 @@
-"""Names of fields, and errors about them."""
+"""Words from users and for them: names and the nearest valid one."""
 
 from __future__ import annotations
 
