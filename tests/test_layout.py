@@ -17,7 +17,8 @@ ON_TOP |= {".words"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
-    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops", ".words"},
+    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich"}
+    | {".layers", ".ops", ".words"},
     "words": {"rich"},
     "data": {"*"},
     "allocator": set(),

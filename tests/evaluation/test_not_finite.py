@@ -34,7 +34,9 @@ def test_each_task_refuses_a_model_of_nan(name, tmp_path):
     options = TaskOptions(source=str(tmp_path))
     for task in build_tasks([name], [1024], options)[:2]:
         length = 1024 if task.has_lengths else None
-        with pytest.raises(ValueError, match=r"model \(model\) cannot be evaluated: it gives logits of nan"):
+        with pytest.raises(
+            ValueError, match=r"model \(model\) cannot be evaluated: it gives logits of nan"
+        ):
             list(task.run(subject(Broken(torch.nan)), length, [0], 1))
 
 

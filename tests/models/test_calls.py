@@ -85,7 +85,7 @@ def test_the_whole_text_behind_a_cache_of_its_beginning(name, read):
 
 
 def test_ids_that_could_be_new_or_the_whole_text():
-    """Ids of another text, as many as were read or more; those of a cache that does not know its text."""
+    """Ids of another text, as many as were read or more; a cache that does not know its text."""
     model, ids = made("lmm")
     cache = model.memorize(ids[:, :6])
     other = (ids + 1) % VOCABULARY
@@ -126,7 +126,7 @@ def test_documents_by_their_offsets(name):
     offsets = [0, 1, 1 + SEGMENT, TOKENS]
     flat = torch.tensor(offsets, dtype=torch.int32)
     index = torch.tensor([[0, *[1] * SEGMENT, *[2] * (TOKENS - SEGMENT - 1)]])
-    positions = torch.cat([torch.arange(b - a) for a, b in zip(offsets, offsets[1:], strict=False)])[None]
+    positions = torch.cat([torch.arange(n) for n in flat.diff().tolist()])[None]
     told = {"cu_seq_lens_q": flat, "cu_seq_lens_k": flat, "max_length_q": 9, "max_length_k": 9}
     want = torch.cat([model(each).logits for each in ids.split(flat.diff().tolist(), 1)], 1)
     for more in (told, {"seq_idx": index}, {**told, "seq_idx": index, "position_ids": positions}):

@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_named_before_it_reaches_the_weights(tm
 
 @pytest.mark.parametrize("clipped", ["1.0", "0.0"])
 def test_a_norm_that_overflows_is_seen_before_the_trainer_clips(clipped, tiny_recipe, tmp_path):
-    """Each gradient is finite, their norm is not: clipping would make zeros of them, and lose the step."""
+    """Each gradient is finite, their norm is not: clipping would make zeros of them."""
     steep = ["--model.memory_write_cost=1e25", f"--training.max_grad_norm={clipped}"]
     path = tiny_recipe("titans", save_steps=1)
     with pytest.raises(NonFiniteError, match="the gradient's norm is inf at step 1; no checkpoint"):

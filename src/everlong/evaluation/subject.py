@@ -65,7 +65,8 @@ class Subject:
         """Read ids [B, T] (of any integer type) in pieces, going on from `cache` (which is used up).
 
         Returns the logits [B, keep, V] of the last `keep` tokens (0 < keep <= T) and the cache to go on
-        from; refuses logits as `sound` does. A model whose cache does not grow reads any length in constant memory.
+        from; refuses logits as `sound` does. A model whose cache does not grow reads any length in
+        constant memory.
         """
         length, piece = ids.shape[1], self.piece
         if self.grows:  # attention over the past is twice as fast where there is none
@@ -131,15 +132,15 @@ class Subject:
         ]
 
     def sound(self, logits: Tensor) -> Tensor:
-        """The logits [..., V]. Raises ValueError where they name no likeliest token: one that is made of
-        NaN would be scored, as wrong. (Some of them may be -inf: tokens that a model never says.)"""
+        """The logits [..., V]. Raises ValueError where they name no likeliest token: NaN would be
+        scored, as wrong. (Some of them may be -inf: tokens that a model never says.)"""
         best = logits.amax(-1)
         if not bool(torch.isfinite(best).all()):
             found = best[~torch.isfinite(best)][0].item()
             raise ValueError(
-                f"{self.info.name} ({self.info.path}) cannot be evaluated: it gives logits of {found} in "
-                f"{str(logits.dtype).removeprefix('torch.')}. Its weights are not finite, or too large "
-                "for that type; leave it out"
+                f"{self.info.name} ({self.info.path}) cannot be evaluated: it gives logits of {found} "
+                f"in {str(logits.dtype).removeprefix('torch.')}. Its weights are not finite, or too "
+                "large for that type; leave it out"
             )
         return logits
 

@@ -1,5 +1,5 @@
-"""What `transformers` passes to any model besides `forward`'s own arguments, and what it asks of `generate`
-with a cache: understood as there, or refused by name."""
+"""What `transformers` passes to any model besides `forward`'s own arguments, and what it asks of
+`generate` with a cache: understood as there, or refused by name."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ KNOWN = {*LOSS, *PACKED, *ABSENT, "is_causal", "cache_position", "return_dict"}
 
 
 def check_keywords(model: Any, given: Mapping[str, Any], hidden_states: Any) -> None:
-    """Refuse, with a ValueError, keywords of `forward` that no model has or that ask for what ours do not
-    give. hidden_states: what `output_hidden_states` is."""
+    """Refuse, with a ValueError, keywords of `forward` that no model has or that ask for what ours do
+    not give. hidden_states: what `output_hidden_states` is."""
     for name in given.keys() - KNOWN:
         own = set(inspect.signature(type(model).forward).parameters) - {"self", "kwargs"}
         raise ValueError(f"unknown argument {name}{nearest(name, own | KNOWN)}")
@@ -67,8 +67,8 @@ def document_starts(
         return positions
     if isinstance(cache, MemoryCache) and cache.get_seq_length():
         raise ValueError(
-            f"{', '.join(told)} with a cache that has read something: whether the first document goes on "
-            "is not said; leave them out and give position_ids, 0 where a document starts"
+            f"{', '.join(told)} with a cache that has read something: whether the first document goes "
+            "on is not said; leave them out and give position_ids, 0 where a document starts"
         )
     if positions is not None:
         told["position_ids"] = (positions == 0).expand(batch, -1)
@@ -87,8 +87,8 @@ def _starts_at(offsets: Tensor, name: str, batch: int, tokens: int) -> Tensor:
     ends = offsets.tolist()
     if batch != 1 or ends[:1] != [0] or ends[-1] != tokens or sorted(ends) != ends:
         raise ValueError(
-            f"{name} must be offsets from 0 to T = {tokens} in a single row, in their order, got {ends} "
-            f"for {batch} rows"
+            f"{name} must be offsets from 0 to T = {tokens} in a single row, in their order, got "
+            f"{ends} for {batch} rows"
         )
     starts = torch.zeros(1, tokens, dtype=torch.bool)
     starts[0, [each for each in ends if each < tokens]] = True
@@ -117,12 +117,12 @@ def mask_behind(cache: MemoryCache, ids: Tensor | None, mask: Tensor | None) -> 
     if tokens < past:
         new = torch.ones_like(ids) if mask is None else mask
         return torch.cat([new.new_ones(batch, past), new], 1)
-    tail = cache.tail
-    if tail is not None and tokens > past:
-        if torch.equal(ids[:, past - tail.shape[1] : past], tail.to(ids.device)):
-            return mask
+    tail = ids[:, :0] if cache.tail is None else cache.tail.to(ids.device)
+    end = tail.shape[1]
+    if end and tokens > past and torch.equal(ids[:, past - end : past], tail):
+        return mask
     raise ValueError(
         f"past_key_values have read {past} tokens and input_ids are {tokens}, but not those and more: "
-        "where they are new tokens alone say generate_from(past_key_values, input_ids), where they are the "
-        f"whole text generate_from(past_key_values, input_ids[:, {past}:])"
+        "where they are new tokens alone say generate_from(past_key_values, input_ids), where they are "
+        f"the whole text generate_from(past_key_values, input_ids[:, {past}:])"
     )

@@ -1,5 +1,6 @@
 """LM2 as a `transformers` model: a Llama whose chosen layers read and write a bank of slots."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -37,7 +38,7 @@ from everlong.ops.attention import causal_mask
 from everlong.ops.documents import Cuts
 from everlong.ops.state import PerRow, State, agreed, choose, per_row
 
-NOT_INHERITED = ("model_type", "architectures", "transformers_version")
+NOT_INHERITED = {"architectures", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,8 @@ class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
                     "models of other kinds"
                 )
             llama = LlamaForCausalLM.from_pretrained(llama)
-        inherited = {k: v for k, v in llama.config.to_dict().items() if k not in NOT_INHERITED}
+        own = {each.name for each in dataclasses.fields(LM2Config)} - NOT_INHERITED
+        inherited = {name: value for name, value in llama.config.to_dict().items() if name in own}
         defaults = {
             "segment_length": llama.config.max_position_embeddings,
             "initial_memory_scale": 0.0,

@@ -6,19 +6,18 @@ a cache, documents in rows of their own, gradients cut where that is wanted, `me
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
-from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.models.keywords import check_keywords, document_starts, mask_behind
+from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.ops.documents import Documents
 from everlong.ops.state import State
 
@@ -130,8 +129,8 @@ class StatefulCausalLMOutput(CausalLMOutputWithPast):
 
 
 class _Priced(torch.autograd.Function):
-    """Hidden states and what was written for them, as they are: no gradient reaches the first unless one
-    reaches the other, so that nobody's loss can leave out the price of writing without a word."""
+    """Hidden states and what was written for them, as they are: no gradient reaches the first unless
+    one reaches the other, so that nobody's loss can leave out the price of writing without a word."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,8 +234,8 @@ class StatefulDecoder:
         strengths = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
         written = torch.stack(strengths).mean(0) if strengths else None
         last = self.norm(y)
-        cost = self.training and getattr(self.config, "memory_write_cost", 0.0)
-        if cost and written is not None and written.requires_grad:
+        cost = getattr(self.config, "memory_write_cost", 0.0)
+        if self.training and cost and written is not None and written.requires_grad:
             last, written = _Priced.apply(last, written)
         hidden = (x, *(out.y for out in outputs[:-1]), last)
         if output_hidden_states is None:
@@ -435,7 +434,8 @@ class StatefulCausalLM:
         """As the decoder's `forward`, with logits and, where `labels` [B, T] are given, the loss.
 
         In training, `memory_write_cost` of a configuration that has one adds its price to the loss; a
-        backward pass from another loss, without `price` of the output in it, raises ValueError. Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
+        backward pass from another loss, without `price` of the output in it, raises ValueError.
+        Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
         many last positions get logits (0: all), or their indices; with labels it must be 0.
         """
         check_keywords(self, kwargs, output_hidden_states)
@@ -576,8 +576,13 @@ class StatefulCausalLM:
                 generation_config.prefill_chunk_size or default_piece(self.config)
             )
 
-    @wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`; with `past_key_values` that have read something, input_ids [B, T] are the
+        whole text, of which they have read the beginning, or the new tokens alone: these where they are
+        fewer than were read, or attention_mask has columns for what was read. The cache is used up.
+
+        Raises ValueError for ids that could be either: `generate_from` takes new tokens, any number.
+        """
         cache = kwargs.get("past_key_values")
         if isinstance(cache, MemoryCache):
             if kwargs.get("use_cache") is False:

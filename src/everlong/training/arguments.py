@@ -7,6 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from everlong.words import check_names, one_line
+
 from .processes import launch_defaults
 
 if TYPE_CHECKING:

@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
         raise NonFiniteError(_stopped(what, trainer.args, trainer.state))
 
     def check_gradient(self, model: nn.Module, args: Any, state: Any) -> None:
-        """Raise NonFiniteError for a gradient of this step, naming its parameter, or leave the step out.
+        """Raise NonFiniteError for a gradient of this step, naming its parameter, or leave it out.
 
         To be asked before the Trainer clips: a norm of infinity makes zeros of finite gradients.
         """

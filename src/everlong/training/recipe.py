@@ -24,11 +24,11 @@ import yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
 from everlong.data.tokenizer import BYTES
 from everlong.provenance import RECIPE_FILE
+from everlong.words import check_names, one_line
 
 from .arguments import build_training_arguments
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
-from everlong.words import check_names, one_line
 
 
 @dataclass

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from everlong.pictures import COLOURS, new_figure, save_figure
 from everlong.provenance import RECIPE_FILE, RESULT_FILE
+from everlong.words import one_line
 
 from .changes import flat_fields
-from everlong.words import one_line
 from .progress import read_metrics
 
 PICTURE_FILE = "loss.png"
