@@ -577,8 +577,8 @@ class StatefulCausalLM:
             )
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`; with `past_key_values` that have read something, input_ids [B, T] are the
-        whole text, of which they have read the beginning, or the new tokens alone: these where they are
+        """As in `transformers`; with `past_key_values` that have read something, input_ids [B, T] are
+        the whole text, whose beginning they have read, or the new tokens alone: these where they are
         fewer than were read, or attention_mask has columns for what was read. The cache is used up.
 
         Raises ValueError for ids that could be either: `generate_from` takes new tokens, any number.
