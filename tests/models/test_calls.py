@@ -295,6 +295,33 @@ def test_what_has_no_price_of_its_own_stays_free():
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["lmm", "lm2", "rmt"])
+def test_labels_that_are_smoothed_are_shifted(name, tmp_path):
+    """As for any causal language model that the Trainer knows."""
+    model, ids = made(name)
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True
+    )
+    got = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logs = -model(ids).logits[:, :-1].log_softmax(-1)
+    plain = logs.gather(-1, ids[:, 1:, None]).mean()
+    assert_close("loss", got, 0.9 * plain + 0.1 * logs.mean(), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_the_price_under_the_compiler():
+    """It is in the model's loss. (That another loss lacks it is not seen there.)"""
+    model, ids = priced(), MODELS["lmm"].inputs(2, TOKENS)
+    torch._dynamo.reset()
+    read = torch.compile(model, backend="aot_eager")
+    grads = []
+    for call in (model, read):
+        model.zero_grad()
+        call(ids, labels=ids).loss.backward()
+        grads.append(model.model.layers[0].mixer.memory.theta_proj.weight.grad.clone())
+    assert_close("gradient", grads[1], grads[0], torch.float32)
+
+
 class OwnLoss(Trainer):
     """As trainers for instructions do: the loss is made of the logits."""
 

@@ -133,9 +133,12 @@ class _Priced(torch.autograd.Function):
     one reaches the other, so that nobody's loss can leave out the price of writing without a word."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(hidden: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         return hidden.view_as(hidden), written.view_as(written)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
