@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from everlong import NeuralMemory, NeuralMemoryState
+from everlong.ops.backend import use_backend
 from numerics import assert_close
 from subjects import CHUNK, DEVICE, LONG, SUBJECTS, VOCABULARY, WINDOW
 
@@ -33,6 +34,62 @@ def test_law_1_causal(subject):
             got, _ = subject.read(module, subject.changed(x, s))
             assert torch.equal(got[:, :s], want[:, :s]), f"token {s} moved an earlier output"
             assert not torch.equal(got[:, s], want[:, s]), f"token {s} is not seen at all"
+
+
+PLACES = (1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, TOKENS - 1)
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "eager"])
+
+
+@EVERY
+@BACKENDS
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float32, 1e8), (torch.bfloat16, 1e8), (torch.float64, 1e38)], ids=str
+)
+def test_law_1_with_large_rows(subject, dtype, largest, backend):
+    """Of a layer's input, or embeddings of a model, beside small ones."""
+    module, generator = subject.make(dtype), torch.Generator().manual_seed(0)
+    x = torch.randn(2, TOKENS, 8, generator=generator, dtype=torch.float64)
+    size = largest ** torch.rand(2, TOKENS, 1, generator=generator, dtype=torch.float64)
+    size[:, ::3] = largest
+    x = (x / x.abs().amax(-1, keepdim=True) * size).to(dtype)
+
+    def read(x):
+        return module(inputs_embeds=x).logits if subject.is_model else module(x)[0]
+
+    with torch.no_grad(), use_backend(backend):
+        want = read(x)
+        assert want.isfinite().all()
+        for s in PLACES:
+            other = x.clone()
+            other[:, s] = -largest
+            assert torch.equal(read(other)[:, :s], want[:, :s]), f"token {s} moved an earlier output"
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if not s.is_model], ids=lambda s: s.name)
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_law_1_is_promised_where_all_is_finite(subject, dtype, backend):
+    """From small rows to the largest that there are: no token moves an earlier output by a bit unless
+    an output or a state is not finite with it or without."""
+    largest, step = (38, 1) if dtype == torch.float32 else (307, 9)
+    module, within = subject.make(dtype), 0
+
+    def read(x):
+        y, state = subject.read(module, x)
+        return y, all(each.isfinite().all() for each in [y, *subject.leaves(state)])
+
+    with torch.no_grad(), use_backend(backend):
+        for exponent in range(0, largest + 1, step):
+            x = subject.inputs(2, TOKENS)
+            x = (x / x.abs().max() * 10.0**exponent).to(dtype)
+            want, sound = read(x)
+            for s in PLACES if sound else ():
+                other = x.clone()
+                other[:, s] = -x[:, s].flip(-1)
+                got, sound = read(other)
+                within += sound
+                assert not sound or torch.equal(got[:, :s], want[:, :s]), (exponent, s)
+    assert within >= 5 * len(PLACES)
 
 
 @EVERY

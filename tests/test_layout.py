@@ -17,7 +17,8 @@ ON_TOP |= {".files", ".hub", ".strict_yaml", ".words"}
 ALLOWED = {
     "ops": {"torch", "safetensors"},  # safetensors: the states save themselves
     "layers": {"torch", ".ops"},
-    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich", ".layers", ".ops"},
+    "models": {"torch", "transformers", "huggingface_hub", "bm25s", "rich"}
+    | {".layers", ".ops", ".words"},
     "words": {"rich"},
     "strict_yaml": {"yaml", ".words"},
     "hub": {"huggingface_hub", ".words"},

@@ -368,7 +368,11 @@ class TestBadText:
             ("a.jsonl", b'{"text": 3}\n', "line 1: text holds '3', which is no text"),
             ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not UTF-8"),
             ("a.jsonl.gz", b"no gzip", "damaged or no gzip"),
-            ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9] + b"x" * 9, "damaged or no gzip"),
+            (
+                "a.jsonl.gz",
+                gzip.compress(b'{"text": "x"}', mtime=0)[:-9] + b"x" * 9,
+                "damaged or no gzip",
+            ),
             (
                 "a.jsonl",
                 b'{"text": "' + b"x" * 9000 + b'"}\n\n{"text": "gr\xfc"}\n',

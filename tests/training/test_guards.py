@@ -127,10 +127,41 @@ def test_a_gradient_that_is_not_finite_is_named_before_it_reaches_the_weights(tm
     arguments = SimpleNamespace(fp16=False, output_dir=str(tmp_path))
     state = SimpleNamespace(global_step=7)
     watch = Watch(Guards(), None)
-    watch.on_pre_optimizer_step(arguments, state, None, model=model)
+    watch.check_gradient(model, arguments, state)
     model[1].weight.grad[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"gradient of 1\.weight is nan at step 8; no checkp"):
-        watch.on_pre_optimizer_step(arguments, state, None, model=model)
+        watch.check_gradient(model, arguments, state)
+
+
+@pytest.mark.parametrize("clipped", ["1.0", "0.0"])
+def test_a_norm_that_overflows_is_seen_before_the_trainer_clips(clipped, tiny_recipe, tmp_path):
+    """Each gradient is finite, their norm is not: clipping would make zeros of them."""
+    steep = ["--model.memory_write_cost=1e25", f"--training.max_grad_norm={clipped}"]
+    path = tiny_recipe("titans", save_steps=1)
+    with pytest.raises(NonFiniteError, match="the gradient's norm is inf at step 1; no checkpoint"):
+        train(run(path, tmp_path / "run", *steep))
+    folder = tmp_path / "lenient"
+    train(run(path, folder, *steep, "--guards.skipped_steps=6"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "skipped" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_gradient_that_is_named_is_the_one_that_is_not_finite(tiny_recipe, tmp_path, monkeypatch):
+    """Of accumulated batches too, at the step that they end."""
+    backward, seen = EverlongTrainer.training_step, []
+
+    def step(self, model, inputs, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if len(seen) == 4:  # the last of the second step
+            weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+            weight.register_hook(lambda grad: grad * torch.nan)
+        return backward(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EverlongTrainer, "training_step", step)
+    path = tiny_recipe("titans", save_steps=1, gradient_accumulation_steps=2)
+    named = r"gradient of model\.layers\.1\.mlp\.down_proj\.weight is nan at step 2; .*checkpoint-1"
+    with pytest.raises(NonFiniteError, match=named):
+        train(run(path, tmp_path / "run"))
 
 
 def test_a_sound_model_has_nothing_to_name():

@@ -135,6 +135,14 @@ def test_what_is_wrong_is_said_once(tiny_recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_norm_that_overflows_stops_all_processes(tiny_recipe, tmp_path):
+    steep, folder = ["--model.memory_write_cost", "1e25"], tmp_path / "run"
+    _, err = everlong("train", tiny_recipe("titans"), *steep, "--output_dir", folder, code=1)
+    assert "everlong: training stopped: the gradient's norm is inf at step 1" in err
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_one_step_and_any_number_goes_on(tiny_recipe, tmp_path):
     path = tiny_recipe("titans", max_steps=200, lr_scheduler_type="cosine", save_total_limit=1)
     everlong("train", path, "--output_dir", tmp_path / "whole")

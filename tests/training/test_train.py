@@ -53,6 +53,17 @@ def test_a_run_folder_holds_model_tokenizer_recipe_and_metrics(tiny_recipe, tmp_
     assert {"everlong", "torch", "transformers"} <= set(packages)
 
 
+@pytest.mark.parametrize("kind", ["titans", "llama"])
+def test_models_are_saved_with_the_cache_that_training_goes_without(kind, tiny_recipe, tmp_path):
+    folder = tmp_path / "run"
+    train(run(tiny_recipe(kind, save_steps=3), folder))
+    for saved in (folder, folder / "checkpoint-3"):
+        assert json.loads((saved / "config.json").read_text()).get("use_cache", True) is True
+        model = AutoModelForCausalLM.from_pretrained(saved)
+        assert model(torch.ones(1, 3).long()).past_key_values is not None
+        assert model.generation_config.use_cache is not False
+
+
 def test_the_same_seed_gives_the_same_model_and_another_another(tiny_recipe, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(run(tiny_recipe(), tmp_path / name, f"--seed={seed}"))

@@ -89,7 +89,7 @@ def check_pieces(subject: Subject) -> None:
     ids = torch.randint(size, (1, length), generator=generator).to(model.device)
     whole = model(input_ids=ids, use_cache=True)
     cache = getattr(model(input_ids=ids[:, :half], use_cache=True), name, None)
-    wanted, differs = whole.logits[:, half:].float(), True
+    wanted, differs = subject.sound(whole.logits)[:, half:].float(), True
     if cache is not None:
         rest = model(input_ids=ids[:, half:], use_cache=True, **{name: cache}).logits.float()
         noise = 1e-3 if whole.logits.dtype in (torch.float32, torch.float64) else 0.1

@@ -69,7 +69,8 @@ class Subject:
         """Read ids [B, T] (of any integer type) in pieces, going on from `cache` (which is used up).
 
         Returns the logits [B, keep, V] of the last `keep` tokens (0 < keep <= T) and the cache to go on
-        from. A model whose cache does not grow reads any length in constant memory.
+        from; refuses logits as `sound` does. A model whose cache does not grow reads any length in
+        constant memory.
         """
         length, piece = ids.shape[1], self.piece
         if self.grows:  # attention over the past is twice as fast where there is none
@@ -87,7 +88,7 @@ class Subject:
             )
             cache = getattr(outputs, self.cache_name)
             self.on_tokens(ids.shape[0] * (end - start))
-        return outputs.logits[:, -keep:], cache
+        return self.sound(outputs.logits[:, -keep:]), cache
 
     @torch.inference_mode()
     def losses(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -100,11 +101,8 @@ class Subject:
             read, wanted = part[:, :-1], part[:, 1:]
             outputs = self.model(input_ids=read, use_cache=True, **{self.cache_name: cache})
             cache = getattr(outputs, self.cache_name)
-            losses.append(
-                torch.nn.functional.cross_entropy(
-                    outputs.logits.float().transpose(1, 2), wanted, reduction="none"
-                ).cpu()
-            )
+            logits = self.sound(outputs.logits).float().transpose(1, 2)
+            losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
             self.on_tokens(read.numel())
         return torch.cat(losses, 1), cache
 
@@ -136,6 +134,19 @@ class Subject:
             self._text(row, stop) if text is None else text
             for row, text in zip(rows, texts, strict=True)
         ]
+
+    def sound(self, logits: Tensor) -> Tensor:
+        """The logits [..., V]. Raises ValueError where they name no likeliest token: NaN would be
+        scored, as wrong. (Some of them may be -inf: tokens that a model never says.)"""
+        best = logits.amax(-1)
+        if not bool(torch.isfinite(best).all()):
+            found = best[~torch.isfinite(best)][0].item()
+            raise ValueError(
+                f"{self.info.name} ({self.info.path}) cannot be evaluated: it gives logits of {found} "
+                f"in {str(logits.dtype).removeprefix('torch.')}. Its weights are not finite, or too "
+                "large for that type; leave it out"
+            )
+        return logits
 
     def copy(self, cache: Any) -> Any:
         """A cache at the same place, to be used up."""

@@ -98,8 +98,10 @@ class NeuralMemory(Layer):
             (1, "chunk_size", chunk_size),
             (0, "conv_kernel", conv_kernel),
         )
-        if not max_learning_rate > 0:
-            raise ValueError(f"max_learning_rate must be positive, got {max_learning_rate}")
+        if not 0 < max_learning_rate < math.inf:
+            raise ValueError(f"max_learning_rate must be positive and finite, got {max_learning_rate}")
+        if not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
         _check_gates(initial_alpha=initial_alpha, initial_eta=initial_eta, initial_theta=initial_theta)
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.depth, self.chunk_size = depth, chunk_size

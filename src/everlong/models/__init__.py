@@ -1,6 +1,7 @@
 """The models, registered with the Auto classes of `transformers`."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, configuration_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from everlong.models.cache import MemoryCache
 from everlong.models.configuration_lm2 import LM2Config
@@ -18,6 +19,13 @@ from everlong.models.sizes import count_parameters, model_config
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (
     *configuration_utils.ALLOWED_ATTN_LAYER_TYPES,
     *(name for name in LAYER_TYPES if name not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES),
+)
+# The Trainer shifts the labels that it smooths for models that it knows by these names alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
+    titans="TitansForCausalLM",
+    lm2="LM2ForCausalLM",
+    rmt="RMTForCausalLM",
+    gated_deltanet="GatedDeltaNetForCausalLM",
 )
 AutoConfig.register("titans", TitansConfig)
 AutoModel.register(TitansConfig, TitansModel)

@@ -82,12 +82,16 @@ class StateLayer(CacheLayerMixin):
         raise ValueError("offloading a memory's cache is not supported: its size is constant")
 
 
+TAIL = 16  # ids of a text by which it is known again
+
+
 class MemoryCache(Cache):
     """A state for each layer; `past_key_values` of one call continues in the next."""
 
     def __init__(self, num_hidden_layers: int, made_by: dict[str, Any] | None = None) -> None:
         super().__init__(layers=[StateLayer() for _ in range(num_hidden_layers)])
         self.made_by = made_by  # what `state_fields` of the model's configuration says
+        self.tail: Tensor | None = None  # the last `TAIL` ids of each row; None: not known
 
     def check(self, made_by: dict[str, Any]) -> None:
         """Refuse a cache that a model with other states has filled; note who fills an empty one."""
@@ -122,6 +126,14 @@ class MemoryCache(Cache):
             )
         check_same_place(*(state.place for state in states))
 
+    def note_ids(self, ids: Tensor | None, tokens: int) -> None:
+        """Keep the end of the text, ids [B, tokens] being the last of it (None: embeddings)."""
+        before = self.tail
+        if self.get_seq_length() > tokens and tokens < TAIL:
+            known = before is not None and ids is not None and len(before) == len(ids)
+            ids = torch.cat([before, ids], 1) if known else None  # type: ignore[list-item]
+        self.tail = None if ids is None else ids[:, -TAIL:].clone()
+
     @property
     def batch_size(self) -> int:
         """Rows of the states, or -1 before the first call."""
@@ -151,6 +163,7 @@ class MemoryCache(Cache):
     def copy(self) -> "MemoryCache":
         """Another cache at the same place, without history; what one reads the other does not see."""
         new = MemoryCache(len(self.layers), self.made_by)
+        new.tail = self.tail
         for mine, its in zip(self.layers, new.layers, strict=True):
             its.seen = mine.seen
             its.state = None if mine.state is None else mine.state.detach()

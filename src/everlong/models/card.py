@@ -33,8 +33,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-What one call has read, the next can go on from: `past_key_values` of its output holds the memory, and
-`past_key_values.save("memory.safetensors")` keeps it apart from the model.
+What one call has read, the next can go on from: `past_key_values` of `model(..., use_cache=True)` holds
+the memory, and `past_key_values.save("memory.safetensors")` keeps it apart from the model.
 
 ## Configuration
 

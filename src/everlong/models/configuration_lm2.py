@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from everlong.models.configuration import checked
 from everlong.models.configuration_rmt import check_rotary
 from everlong.models.presets import lm2_preset_fields
 
@@ -22,7 +22,7 @@ STATE_FIELDS = (
 )
 
 
-@strict
+@checked
 class LM2Config(LlamaConfig):
     """A Llama whose text goes by in segments, with a bank of slots beside the attention of some layers.
 

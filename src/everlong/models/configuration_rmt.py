@@ -1,10 +1,12 @@
 """Configuration of RMT: a causal language model of `transformers` that reads in segments."""
 
+import difflib
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from everlong.models.configuration import checked, fractional_fields, known_fields
 
 # What RMT has been tried around: every layer keeps the keys and values of all it read, no token sees
 # the future, and the head is one matrix. Others may do too; some, such as bert, only look as if.
@@ -24,7 +26,7 @@ INSTEAD = f"RMT wraps {', '.join(KINDS)}"
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-@strict
+@checked
 class RMTConfig(PreTrainedConfig):
     """A recurrent memory Transformer (arXiv 2207.06881) around a causal language model.
 
@@ -59,7 +61,7 @@ class RMTConfig(PreTrainedConfig):
             fields = {k: v for k, v in base.items() if k != "model_type"}
             if vocab_size is not None:
                 fields.setdefault("vocab_size", vocab_size)
-            base = CONFIG_MAPPING[kind](**fields)
+            base = CONFIG_MAPPING[kind](**_inner_fields(CONFIG_MAPPING[kind], fields))
         if vocab_size not in (None, base.vocab_size):
             raise ValueError(
                 f"vocab_size is {vocab_size}, but {base.vocab_size} in base_config: leave one out"
@@ -138,6 +140,17 @@ class RMTConfig(PreTrainedConfig):
                 "choose a smaller segment_length"
             )
         check_rotary(self.base, read)
+
+
+def _inner_fields(cls: type[PreTrainedConfig], fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the model inside, whole numbers where they may be. Names that are all but one of its
+    own are refused; others, which files on a hub have of anything, do no harm."""
+    known, fractions = known_fields(cls), fractional_fields(cls)
+    for name in (name for name in fields.keys() - known if not name.startswith("_")):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near:
+            raise ValueError(f"unknown field base_config.{name}: did you mean base_config.{near[0]}?")
+    return {n: float(v) if n in fractions and type(v) is int else v for n, v in fields.items()}
 
 
 def check_rotary(config: Any, read: int) -> None:

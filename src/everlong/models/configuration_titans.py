@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from everlong.models.configuration import checked
 from everlong.models.presets import preset_fields
 
 STATE_FIELDS = (
@@ -28,7 +28,7 @@ STATE_FIELDS = (
 LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 
 
-@strict
+@checked
 class TitansConfig(PreTrainedConfig):
     """A decoder whose layers are named one by one in `layer_types`.
 

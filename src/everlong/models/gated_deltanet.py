@@ -6,12 +6,13 @@ counts tokens without an attention layer to count them.
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from everlong.models.configuration import checked
 
-@strict
+
+@checked
 class GatedDeltaNetConfig(Qwen3NextConfig):
     """Qwen3-Next with linear layers and plain MLPs alone; its fields, of which these decide sizes.
 

@@ -1,5 +1,6 @@
 """LM2 as a `transformers` model: a Llama whose chosen layers read and write a bank of slots."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -47,7 +48,7 @@ from everlong.ops.state import (
     per_row,
 )
 
-NOT_INHERITED = ("model_type", "architectures", "transformers_version")
+NOT_INHERITED = {"architectures", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -398,7 +399,8 @@ class LM2ForCausalLM(StatefulCausalLM, LM2PreTrainedModel, LlamaForCausalLM):
         """
         instead = ", not a llama: RMTForCausalLM.from_causal_lm gives memory to models of other kinds"
         source, fields, placing = load_pretrained(llama, options, ["llama"], instead)
-        inherited = {k: v for k, v in source.config.to_dict().items() if k not in NOT_INHERITED}
+        own = {each.name for each in dataclasses.fields(LM2Config)} - NOT_INHERITED
+        inherited = {name: value for name, value in source.config.to_dict().items() if name in own}
         defaults = {
             "segment_length": source.config.max_position_embeddings,
             "initial_memory_scale": 0.0,

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from everlong.layers.weight import OwnStart
 from everlong.models.cache import MemoryCache
 from everlong.models.card import write_card
+from everlong.models.keywords import check_keywords, document_starts, mask_behind
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.ops import current_backend, use_backend
 from everlong.ops.documents import Documents
@@ -116,9 +118,38 @@ class StatefulModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class StatefulCausalLMOutput(CausalLMOutputWithPast):
-    """As the base class, with `memory` as in `StatefulModelOutput`."""
+    """As the base class, with `memory` as in `StatefulModelOutput`.
+
+    price: in training with `memory_write_cost`, what writing costs. `loss` has it in it; a loss of
+    one's own is to be given it.
+    """
 
     memory: tuple[Any, ...] | None = None
+    price: Tensor | None = None
+
+
+class _Priced(torch.autograd.Function):
+    """Hidden states and what was written for them, as they are: no gradient reaches the first unless
+    one reaches the other, so that nobody's loss can leave out the price of writing without a word."""
+
+    @staticmethod
+    def forward(hidden: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden.view_as(hidden), written.view_as(written)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[1] is None:
+            raise ValueError(
+                "the loss lacks the price of writing that memory_write_cost asks for: give the model "
+                "labels and take the loss that it returns (without label smoothing or a loss of the "
+                "trainer's own), add `price` of its output to another loss, or set "
+                "model.config.memory_write_cost = 0"
+            )
+        return grads
 
 
 class StatefulPreTrained:
@@ -204,12 +235,14 @@ class StatefulDecoder:
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
+    training: bool
 
     @property
     def num_states(self) -> int:
         """States in a cache: one for each layer."""
         return len(self.layers)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -231,22 +264,33 @@ class StatefulDecoder:
             position_ids: [B, T]; a 0 at a real token starts a document, whose memory is empty and
                 whose attention sees nothing before it. Positions themselves are counted here.
             past_key_values: the states to go on from; changed in place.
-            use_cache: keep states for a next call; default the config's.
+            use_cache: make states for a next call where none are given; default the config's.
             output_memory: also return what each memory did, token by token (slow).
             output_hidden_states: also return what enters the first layer and what leaves each, the
                 last one's normed.
+            kwargs: what `transformers` passes to any model: return_dict=False for a tuple, and where
+                packed documents begin (cu_seq_lens_q, seq_idx), as position_ids of 0 would say it.
 
-        Raises ValueError for a cache of another model or batch.
+        Raises ValueError for a cache of another model or batch, and for keywords with another meaning
+        than those above, by name.
         """
+        check_keywords(self, kwargs, output_hidden_states)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        position_ids = document_starts(position_ids, kwargs, x, past_key_values)
         outputs, cache = self.read(
             x, attention_mask, position_ids, past_key_values, use_cache, output_memory
         )
+        if isinstance(cache, MemoryCache):
+            cache.note_ids(input_ids, x.shape[1])
         y = outputs[-1].y
-        written = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
+        strengths = [_price(out.strength).to(y.device) for out in outputs if out.strength is not None]
+        written = torch.stack(strengths).mean(0) if strengths else None
         last = _with_all(self, self.norm(y))  # type: ignore[arg-type]
+        cost = getattr(self.config, "memory_write_cost", 0.0)
+        if self.training and cost and written is not None and written.requires_grad:
+            last, written = _Priced.apply(last, written)
         hidden = (x, *(out.y for out in outputs[:-1]), last)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -254,7 +298,7 @@ class StatefulDecoder:
             last_hidden_state=last,
             past_key_values=cache,
             hidden_states=hidden if output_hidden_states else None,
-            written=torch.stack(written).mean(0) if written else None,
+            written=written,
             memory=tuple(out.trace for out in outputs) if output_memory else None,
         )
 
@@ -433,13 +477,13 @@ class StatefulCausalLM:
     config: Any
     device: torch.device
     generation_config: Any
-    generate: Callable[..., Any]
     loss_function: Callable[..., Tensor]
     model: Any
     lm_head: nn.Linear
     training: bool
     vocab_size: int
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -456,10 +500,12 @@ class StatefulCausalLM:
     ) -> StatefulCausalLMOutput:
         """As the decoder's `forward`, with logits and, where `labels` [B, T] are given, the loss.
 
-        In training, `memory_write_cost` of a configuration that has one adds its price to the loss.
+        In training, `memory_write_cost` of a configuration that has one adds its price to the loss; a
+        backward pass from another loss, without `price` of the output in it, raises ValueError.
         Labels are token ids, -100 where nothing is asked; they are shifted here. logits_to_keep: how
         many last positions get logits (0: all), or their indices; with labels it must be 0.
         """
+        check_keywords(self, kwargs, output_hidden_states)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels ask for the logits of all tokens: leave logits_to_keep at 0")
         outputs = self.model(
@@ -471,36 +517,45 @@ class StatefulCausalLM:
             use_cache,
             output_memory,
             output_hidden_states,
+            return_dict=True,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
+        loss, price = None, self._price(outputs.written, labels, attention_mask, kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-            loss = loss + self._price(outputs.written, labels, attention_mask, kwargs)
+            loss = loss if price is None else loss + price
         return StatefulCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             memory=outputs.memory,
+            price=price,
         )
 
     def _price(
-        self, written: Tensor | None, labels: Tensor, mask: Tensor | None, loss: dict[str, Any]
-    ) -> Tensor | float:
+        self, written: Tensor | None, labels: Tensor | None, mask: Tensor | None, loss: dict[str, Any]
+    ) -> Tensor | None:
         """What writing costs in training, a token; `loss`: what the loss was told besides.
 
-        Each row's mean counts as its labels do in the loss: however rows are divided into accumulated
-        batches and among processes, all of them pay the same.
+        Each row's mean counts as its labels do in the loss (all that is read, without labels): however
+        rows are divided into accumulated batches and among processes, all of them pay the same.
         """
         cost = getattr(self.config, "memory_write_cost", 0.0)
         if not self.training or not cost or written is None:
-            return 0.0
-        real = torch.ones_like(labels) if mask is None else mask
-        asked = (labels[:, 1:] != -100).sum(1)
+            return None
+        tokens = written.shape[1]
+        real = torch.ones_like(written) if mask is None else mask[:, mask.shape[1] - tokens :]
+        read = asked = real.sum(1)
+        shifted = loss.get("shift_labels")
+        if shifted is None and labels is not None:
+            shifted = labels[:, 1:]
+        if shifted is not None:
+            asked = (shifted != loss.get("ignore_index", -100)).sum(1)
         items = loss.get("num_items_in_batch")
-        mean = written.sum(1) / real[:, -labels.shape[1] :].sum(1).clamp(min=1)
+        mean = written.sum(1) / read.clamp(min=1)
         return cost * (mean * asked).sum() / (asked.sum() if items is None else items)
 
     @torch.no_grad()  # not inference_mode, whose tensors a later call could not train through
@@ -576,7 +631,9 @@ class StatefulCausalLM:
                 "generate goes on from the last column, which is a pad in some rows: pad on the left "
                 '(tokenizer.padding_side = "left")'
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+        if model_kwargs.get("past_key_values") is not None:
+            generation_config.use_cache = True  # whatever a configuration says: or all is read again
+        elif generation_config.use_cache:
             model_kwargs["past_key_values"] = MemoryCache(self.model.num_states)
         # transformers cuts ids alone, and gives the hidden states of the last piece alone.
         given = {name for name, value in model_kwargs.items() if value is not None}
@@ -585,6 +642,24 @@ class StatefulCausalLM:
             generation_config.prefill_chunk_size = (
                 generation_config.prefill_chunk_size or default_piece(self.config)
             )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`; with `past_key_values` that have read something, input_ids [B, T] are
+        the whole text, whose beginning they have read, or the new tokens alone: these where they are
+        fewer than were read, or attention_mask has columns for what was read. The cache is used up.
+
+        Raises ValueError for ids that could be either: `generate_from` takes new tokens, any number.
+        """
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, MemoryCache):
+            if kwargs.get("use_cache") is False:
+                raise ValueError(
+                    "use_cache=False with past_key_values: the memory that they hold cannot be read "
+                    "again from the ids; leave one of them out"
+                )
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            kwargs["attention_mask"] = mask_behind(cache, ids, kwargs.get("attention_mask"))
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def generate_from(
         self,

@@ -28,7 +28,7 @@ REFUSED = {
     "ignore_data_skip": "a resumed run would read the first samples again",
     "include_num_input_tokens_seen": "tokens are counted always",
     "label_names": "labels have one name",
-    "label_smoothing_factor": "the Trainer's own loss does not shift the labels of these models",
+    "label_smoothing_factor": "the Trainer's own loss leaves out what writing costs",
     "load_best_model_at_end": "the best checkpoint is not kept apart: evaluate the checkpoints instead",
     "num_train_epochs": "samples are made as training goes: give max_steps",
     "output_dir": "set output_dir at the top of the recipe instead",

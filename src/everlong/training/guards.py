@@ -78,9 +78,11 @@ class Watch(TrainerCallback):
             what += f", first of all the output of {where}" if where else ""
         raise NonFiniteError(_stopped(what, trainer.args, trainer.state))
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def check_gradient(self, model: nn.Module, args: Any, state: Any) -> None:
+        """Raise NonFiniteError for a gradient of this step, naming its parameter, or leave it out.
+
+        To be asked before the Trainer clips: a norm of infinity makes zeros of finite gradients.
+        """
         if args.fp16:
             return  # the gradient scaler leaves such steps out itself
         named = [(name, each.grad) for name, each in model.named_parameters()]

@@ -326,6 +326,14 @@ class EverlongTrainer(MemoryTrainer):
         names = Trainer.get_decay_parameter_names(self, model)
         return [name for name in names if sizes[name] >= 2 and "_scale." not in name]
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The Trainer has switched the cache off, which whoever uses the model wants.
+        self.model.config.use_cache = True
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.config.use_cache = self.args.use_cache
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.saving_in is None else str(self.saving_in)
 
@@ -420,6 +428,8 @@ class EverlongTrainer(MemoryTrainer):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.watch.check_loss(loss, model, inputs, self)
+        if self.accelerator.sync_gradients:  # the step's gradients are whole
+            self.watch.check_gradient(self.model, self.args, self.state)
         if torch.isfinite(loss):
             return loss
         # The step will be left out, and what it remembers is of no use.
