@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check format test test-slow demo demo-full bench bench-full bench-gpu bench-data clean
+.PHONY: help install check format test test-slow sanitize demo demo-full bench bench-full bench-gpu bench-data clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,14 @@ format: $(DEV) ## put the code into the project's format
 
 test: $(DEV) ## the tests, minutes on two cores
 	$(PYTEST) -m "not slow"
+
+# gcc's: what watches is in Python's process before the library is, and before it what it asks for.
+WATCH := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+sanitize: $(DEV) ## the operations' tests with the C code watched: no access out of bounds, nothing undefined
+	EVERLONG_NATIVE_FLAGS="$(WATCH)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so.6)" \
+		$(PYTEST) --capture=sys -m "not slow" tests/ops $(wildcard tests/test_states*.py)
 
 test-slow: $(DEV) ## the long tests, and the laws by PyTorch's operations alone
 	$(PYTEST) -m slow

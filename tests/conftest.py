@@ -1,6 +1,9 @@
 """A text and recipes small enough to train in a second."""
 
+import os
+
 import pytest
+import torch
 import yaml
 
 TINY_MODELS = {
@@ -23,6 +26,21 @@ TINY_MODELS = {
         "sliding_window": 16,
     },
 }
+
+
+if "sanitize" in os.environ.get("EVERLONG_NATIVE_FLAGS", ""):
+
+    @pytest.fixture(autouse=True)
+    def exact_buffers(monkeypatch):
+        """Nothing behind what a kernel is given, or what it does there would not be seen."""
+        from everlong.ops.native import library
+
+        def scratch(self, size):
+            self._own.scratch = torch.empty(size, dtype=self.dtype)
+            return self._own.scratch
+
+        monkeypatch.setattr(library, "SPARE", 0)
+        monkeypatch.setattr(library.Library, "scratch", scratch)
 
 
 @pytest.fixture

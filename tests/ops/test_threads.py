@@ -1,4 +1,4 @@
-"""The kernels with two threads, on work that is large enough to be divided."""
+"""The kernels with two threads, on work that is large enough to be divided; and what is not finite."""
 
 import itertools
 
@@ -129,3 +129,22 @@ def test_two_threads_do_what_one_operation_does(name):
         found.append([*outputs, *torch.autograd.grad(loss, inputs)])
     for want, got in zip(*found, strict=True):
         assert_close(name, got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_alike(name, value):
+    torch.manual_seed(0)
+    function, inputs = CASES[name]()
+    inputs = [x.detach() for x in inputs]
+    inputs[0].flatten()[100] = value
+    inputs = [x.float().requires_grad_() for x in inputs] if "rotary" not in name else inputs
+    shows = []
+    for chosen in ("eager", "auto"):
+        with use_backend(chosen):
+            y = function(*inputs)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        if y.requires_grad:
+            torch.autograd.grad(y.sum(), inputs)
+        shows.append(not y.isfinite().all())
+    assert shows[0] == shows[1]

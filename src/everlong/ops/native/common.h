@@ -60,8 +60,8 @@ static inline float exp_float(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    union { int32_t i; float f; } two;
-    two.i = ((int32_t)n + 127) << 23;
+    union { uint32_t i; float f; } two;
+    two.i = ((uint32_t)(int32_t)n + 127) << 23; /* of no sign: NaN's bits may be any */
     return p * two.f;
 }
 

@@ -212,16 +212,18 @@ typedef struct {
 } Product;
 
 static void product_forward(const Product *s, int64_t begin, int64_t end) {
-    const real plain = s->plain, *gate = s->gate, *x = s->x;
+    const int plain = (int)s->plain;
+    const real *gate = s->gate, *x = s->x;
     real *restrict y = s->y;
-    EACH(int64_t i = begin; i < end; i++) y[i] = (plain + (1 - plain) * gate[i]) * logistic(gate[i]) * x[i];
+    EACH(int64_t i = begin; i < end; i++) y[i] = (plain ? 1 : gate[i]) * logistic(gate[i]) * x[i];
 }
 
 static void product_backward(const Product *s, int64_t begin, int64_t end) {
-    const real plain = s->plain, *gate = s->gate, *x = s->x, *dy = s->dy;
+    const int plain = (int)s->plain;
+    const real *gate = s->gate, *x = s->x, *dy = s->dy;
     real *restrict dgate = s->dgate, *restrict dx = s->dx;
     EACH(int64_t i = begin; i < end; i++) {
-        const real share = logistic(gate[i]), factor = plain + (1 - plain) * gate[i];
+        const real share = logistic(gate[i]), factor = plain ? 1 : gate[i];
         dx[i] = dy[i] * factor * share;
         dgate[i] = dy[i] * x[i] * share * (factor * (1 - share) + (1 - plain));
     }
