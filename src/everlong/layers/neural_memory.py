@@ -26,6 +26,7 @@ from everlong.ops import (
 from everlong.ops.decay import Gates
 from everlong.ops.documents import Documents
 from everlong.ops.recompute import recomputed
+from everlong.ops.state import check_kind
 
 
 class MemoryOutput(NamedTuple):
@@ -167,6 +168,9 @@ class NeuralMemory(Layer):
         document. Returns y [B, T, D] and the state to go on from. Any number of tokens a call.
         Raises ValueError when the state does not fit the layer or the input.
         """
+        if state is not None:
+            check_kind("kind", state, NeuralMemoryState)
+            state.check()
         documents = None
         if mask is not None or restart is not None:
             self._check_rows(x, mask=mask, restart=restart)
@@ -262,12 +266,7 @@ class NeuralMemory(Layer):
             raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
         if state is None:
             return self.initial_state(x.shape[0], x.dtype)
-        if not isinstance(state, NeuralMemoryState):
-            raise ValueError(
-                f"a neural memory wants a NeuralMemoryState, got {type(state).__name__}: it belongs to "
-                "another layer or model"
-            )
-        state.check()
+        check_kind("kind", state, NeuralMemoryState)
         state.check_batch(x.shape[0])
         self._check_state(state)
         return state
