@@ -162,6 +162,7 @@ def chunk_neural_memory(
     """
     gates = Gates(theta, log_retain, log_eta)
     check_inputs(q, k, v, gates, state, scale, lengths)
+    lengths = None if lengths is None else lengths.long()
     dtype, tokens = state.dtype, q.shape[1]
     scale = None if scale is None else scale.to(dtype)
     rows = tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))

@@ -18,6 +18,8 @@ from torch import Tensor
 
 FORMAT = "everlong.state.1"
 ANOTHER = "it is damaged, or belongs to another layer or model"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
 PerRow = int | Tensor
 Own = TypeVar("Own", bound="State")
 
@@ -40,12 +42,12 @@ def check_tensor(
         sizes = x.shape == shape or all(
             want in (None, got) for got, want in zip(x.shape, shape, strict=True)
         )
-        kind = x.dtype == dtype or (dtype is None and x.dtype.is_floating_point)
-        if sizes and kind and (device is None or x.device == device):
+        kind = x.dtype == dtype or (dtype is None and x.dtype in FLOATS)
+        if sizes and kind and x.layout == torch.strided and (device is None or x.device == device):
             return
     got = type(x).__name__
     if isinstance(x, Tensor):
-        got = f"{list(x.shape)} of {x.dtype} on {x.device}"
+        got = f"{list(x.shape)} of {x.dtype} on {x.device}, {x.layout}"
     want = ", ".join("any" if size is None else str(size) for size in shape)
     raise ValueError(
         f"the state's {name} must be [{want}] of {dtype or 'floating point numbers'} on "
@@ -58,9 +60,8 @@ def check_position(position: Any, batch: int, below: int | None = None) -> None:
     if isinstance(position, Tensor):
         if torch.compiler.is_compiling():  # what it holds is not known before it runs
             return
-        whole = not position.dtype.is_floating_point and not position.dtype.is_complex
-        right = whole and position.dtype != torch.bool and position.shape == (batch,)
-        right = right and position.device.type == "cpu"
+        right = position.shape == (batch,) and position.dtype in INTEGERS
+        right = right and position.is_cpu and position.layout == torch.strided
         least, most = map(int, position.aminmax()) if right and batch else (0, 0)
     else:
         right = isinstance(position, int) and not isinstance(position, bool)
