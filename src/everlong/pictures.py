@@ -131,6 +131,7 @@ def name_ticks(axes: Any, names: Mapping[float, str]) -> None:
     places = sorted(names)
     axes.set_xticks(places, [names[place] for place in places])
     axes.minorticks_off()
+    plain_words(axes.figure)
     axes.figure.draw_without_rendering()
     kept: list[float] = []
     free = math.inf

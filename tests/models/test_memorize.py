@@ -245,7 +245,7 @@ IDS = torch.ones(2, 6, dtype=torch.long)
         ({"input_ids": [IDS[0]]}, r"must be \[B, T\], got \[6\]: .* ids\[None\]"),
         ({"input_ids": IDS.float()}, "must be integers, got torch.float32"),
         ({"input_ids": "text"}, "there is a str: tokenizer"),
-        ({"input_ids": {"input_ids": IDS}}, "there is a str: tokenizer"),
+        ({"input_ids": {"input_ids": IDS}}, "there is a dict: tokenizer"),
         ({"input_ids": [[1, 2]]}, "there is a list: tokenizer"),
         ({"input_ids": 5}, "there is a int: tokenizer"),
         ({"input_ids": [IDS, IDS[:1]]}, "batch 2 and then 1: read other texts"),

@@ -198,7 +198,7 @@ def test_a_memory_that_is_missing_or_of_other_rows_is_refused(recipe, tmp_path):
     with pytest.raises(ValueError, match="the memory of 2 rows, but a batch has 1"):
         resume(folder, [more, *(f"--training.{each}" for each in halves)])
     (folder / "checkpoint-2" / "memory_0.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-2 holds no memory .*memory_0.*--overwrite"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no memory_0\.safetensors.*--overwrite"):
         resume(folder, [more])
 
 

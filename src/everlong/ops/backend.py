@@ -48,7 +48,6 @@ def native_takes(*tensors: Tensor | None) -> bool:
     """Whether the native code is wanted, and can take these; torch.compile gets the eager one."""
     if torch.compiler.is_compiling():
         return False
-    refuse_transforms()
     return current_backend() != "eager" and problem(*tensors) is None
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everlong.ops.backend import current_backend, refuse_transforms
+from everlong.ops.backend import current_backend
 from everlong.ops.decay import (
     ChunkCoefficients,
     Gates,
@@ -225,7 +225,6 @@ def scan_chunks(
     [B, H, L, T]. Returns y [B, H, T, K] and the weights and momentum after the last chunk. Raises
     RuntimeError where the native back end is wanted and cannot.
     """
-    refuse_transforms()
     wanted = "eager" if torch.compiler.is_compiling() else current_backend()
     if wanted == "native" or (wanted == "auto" and scan_wins(rows[0])):
         reason = scan_problem(len(weights), *rows, *gates, *weights, *(momentum or ()), scale)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from everlong.ops.arguments import check_lengths, check_rank, check_shape
-from everlong.ops.backend import native_takes
+from everlong.ops.backend import native_takes, refuse_transforms
 from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.native.rows import MOST_TAPS
 from everlong.ops.native.rows import ConvSilu as NativeConvSilu
@@ -33,6 +33,7 @@ def causal_conv_silu(
     if reach < MOST_TAPS and native_takes(x, weight, tail):
         y = NativeConvSilu.apply(x, weight, tail, unit or _head(x.shape[2]), unit is not None)
     else:
+        refuse_transforms()
         y = _conv_silu(x, weight, tail)
         if unit is not None:
             y = unit_length(y.unflatten(-1, (-1, unit))).flatten(-2)

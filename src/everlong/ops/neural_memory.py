@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from everlong.ops.arguments import check_lengths, check_memory, check_rank, check_shape
-from everlong.ops.backend import native_takes
+from everlong.ops.backend import native_takes, refuse_transforms
 from everlong.ops.chunk_scan import (
     carry_chunk,
     layer_coefficients,
@@ -162,6 +162,7 @@ def chunk_neural_memory(
     """
     gates = Gates(theta, log_retain, log_eta)
     check_inputs(q, k, v, gates, state, scale, lengths)
+    refuse_transforms()
     lengths = None if lengths is None else lengths.long()
     dtype, tokens = state.dtype, q.shape[1]
     scale = None if scale is None else scale.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from everlong.ops.arguments import check_rows, check_shape
-from everlong.ops.backend import native_takes
+from everlong.ops.backend import native_takes, refuse_transforms
 from everlong.ops.derivatives import first_derivatives_only
 from everlong.ops.native.rows import GatedNorm, GateProduct
 
@@ -61,6 +61,7 @@ def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
 
 
 def _rescaled(x: Tensor, share: float, eps: float) -> Tensor:
+    refuse_transforms()
     wide = torch.promote_types(x.dtype, torch.float32)
     return _Rescaled.apply(x.to(wide), share, eps).to(x.dtype)
 
