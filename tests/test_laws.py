@@ -343,3 +343,22 @@ def test_law_10_memories_and_weights_of_the_layer(tmp_path):
 def test_vocabulary_is_used():
     """The inputs above cover every token, so that law 8 speaks of every embedding."""
     assert len(SUBJECTS[4].inputs(2, TOKENS).unique()) == VOCABULARY
+
+
+@EVERY
+def test_a_default_device_changes_nothing(subject):
+    """What counts tokens stays where it is, whatever device new tensors go to; forward and backward."""
+    module, x = subject.make(), subject.inputs(2, TOKENS)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    mask[1, :2] = False
+    results = []
+    for device in ("cpu", "meta"):
+        module.zero_grad()
+        with torch.device(device):
+            y, state = subject.read_rows(module, x, mask, torch.zeros_like(mask))
+            y = torch.cat([y, subject.read(module, x[:, :3], state)[0]], 1)
+            y.square().sum().backward()
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        results.append([y.detach(), *grads])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

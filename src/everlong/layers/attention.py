@@ -104,7 +104,7 @@ class AttentionState(State):
             keys, values = (x[:, :, start:].clone() if start else x for x in (k, v))
         else:
             end = self.keys.shape[2] + lengths * each
-            index = (end[:, None] - kept + torch.arange(kept)).clamp(min=0)
+            index = (end[:, None] - kept + torch.arange(kept, device="cpu")).clamp(min=0)
             index = index.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
             keys, values = k.gather(2, index), v.gather(2, index)
         return replace(self, keys=keys, values=values, position=position)

@@ -214,8 +214,8 @@ class RowBank(Layer):
         mask = causal_mask(q, k.shape[2], state.position, None, plain=False)
         x, weights = _attend(q, k, v, mask, self.top_k, trace)
         if weights is not None:  # by slot instead of by key, of which a row has its own number
-            slot = torch.arange(k.shape[2]) - state.keys.shape[2]
-            slot = slot + torch.as_tensor(state.position).view(-1, 1)
+            slot = torch.arange(k.shape[2], device="cpu") - state.keys.shape[2]
+            slot = slot + torch.as_tensor(state.position, device="cpu").view(-1, 1)
             slot = slot.clamp(0, self.num_slots - 1).to(e.device)[:, None, None]
             spread = weights.new_zeros(*weights.shape[:3], self.num_slots)
             weights = spread.scatter_add(3, slot.expand(weights.shape), weights)
@@ -298,8 +298,8 @@ class ReleasedBank(RowBank):
         x, seen, weights = self._attend(e, rows, state.seen, lengths, trace)
         z = self.attention_norm(rows.to(e.dtype) + x)
         z = self.mlp_norm(z + F.relu(self.mlp(F.relu(self.mlp(z)))))
-        before = torch.as_tensor(state.seen.position).view(-1, 1)
-        count = (before + 1 + torch.arange(e.shape[1])).to(e.device)[..., None]
+        before = torch.as_tensor(state.seen.position, device="cpu").view(-1, 1)
+        count = (before + 1 + torch.arange(e.shape[1], device="cpu")).to(e.device)[..., None]
         assert state.pooled is not None
         pooled = state.pooled[:, None] + F.relu(self.input_weight() * e).cumsum(1)
         gates = self.input_proj(pooled / count) + self.memory_proj(torch.tanh(rows.to(e.dtype)))
@@ -313,8 +313,8 @@ class ReleasedBank(RowBank):
             found = BankTrace(weights, None, g_in, g_forget, rows, new)
         # The sum of no token stands before the first: row b's sum is behind its lengths[b] tokens.
         sums = torch.cat([state.pooled[:, None], pooled], 1)
-        taken = torch.as_tensor(e.shape[1] if lengths is None else lengths).expand(len(e))
-        going_on = (torch.as_tensor(seen.position) > 0).to(e.device).view(-1, 1)
+        taken = torch.as_tensor(e.shape[1] if lengths is None else lengths, device="cpu").expand(len(e))
+        going_on = (torch.as_tensor(seen.position, device="cpu") > 0).to(e.device).view(-1, 1)
         last = sums[torch.arange(len(e), device=e.device), taken.to(e.device)].where(going_on, 0.0)
         out = _scaled(self.scale, new.to(e.dtype))
         return PositionRead(out, new, PositionState(seen, last), found)

@@ -174,7 +174,7 @@ class NeuralMemory(Layer):
         documents = None
         if mask is not None or restart is not None:
             self._check_rows(x, mask=mask, restart=restart)
-            everything = torch.ones(x.shape[:2], dtype=torch.bool)
+            everything = torch.ones(x.shape[:2], dtype=torch.bool, device="cpu")
             real = everything if mask is None else mask.bool()
             starts = ~everything if restart is None else restart.bool().to(real.device)
             documents = Documents.of(real, starts, state is not None)

@@ -55,10 +55,10 @@ def document_starts(
     told: dict[str, Tensor] = {}
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if given.get(name) is not None:
-            told[name] = _starts_at(torch.as_tensor(given[name]), name, batch, tokens)
+            told[name] = _starts_at(torch.as_tensor(given[name], device="cpu"), name, batch, tokens)
     index = given.get("seq_idx")
     if index is not None:
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device="cpu")
         if list(index.shape) != [batch, tokens]:
             raise ValueError(f"seq_idx must be [B, T] = {[batch, tokens]}, got {list(index.shape)}")
         first = torch.ones(batch, min(tokens, 1), dtype=torch.bool, device=index.device)
@@ -90,7 +90,7 @@ def _starts_at(offsets: Tensor, name: str, batch: int, tokens: int) -> Tensor:
             f"{name} must be offsets from 0 to T = {tokens} in a single row, in their order, got "
             f"{ends} for {batch} rows"
         )
-    starts = torch.zeros(1, tokens, dtype=torch.bool)
+    starts = torch.zeros(1, tokens, dtype=torch.bool, device="cpu")
     starts[0, [each for each in ends if each < tokens]] = True
     return starts
 

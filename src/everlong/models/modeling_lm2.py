@@ -110,7 +110,7 @@ class LM2Attention(LlamaAttention):
             each(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for each in (self.q_proj, self.k_proj, self.v_proj)
         )
-        start = torch.as_tensor(state.position).to(x.device).view(-1, 1)
+        start = torch.as_tensor(state.position, device="cpu").to(x.device).view(-1, 1)
         cos, sin = rotary(x, start + torch.arange(x.shape[1], device=x.device))
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         k, v = join_keys(state.keys, k), join_keys(state.values, v)
@@ -235,13 +235,15 @@ class SlotLayer(LM2Layer):
             if position + tokens != segment:
                 return bank, ()
             new, *gates = self.memory.write(bank, k, v)
-            return new, (BankWrite(torch.arange(len(k)), bank, new, *gates),) if trace else ()
+            return new, (
+                BankWrite(torch.arange(len(k), device="cpu"), bank, new, *gates),
+            ) if trace else ()
         count = per_row(tokens if lengths is None else lengths, len(k))
         before = per_row(position, len(k))
         ended = before + count == segment
         if not bool(ended.any()):
             return bank, ()
-        column, past = torch.arange(k.shape[2]), k.shape[2] - tokens
+        column, past = torch.arange(k.shape[2], device="cpu"), k.shape[2] - tokens
         real = (column >= past - before[:, None]) & (column < past + count[:, None])
         mask = (real | ~ended[:, None]).to(k.device)[:, None, None]
         new, *gates = self.memory.write(bank, k, v, mask)
@@ -360,8 +362,8 @@ class LM2Model(StatefulDecoder, LM2PreTrainedModel, LlamaModel):
 
 def _places(position: PerRow, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Which slot belongs to each token, [B, T, D]; beyond the bank at pads."""
-    steps = torch.arange(x.shape[1])
-    place = torch.as_tensor(position).view(-1, 1) + steps
+    steps = torch.arange(x.shape[1], device="cpu")
+    place = torch.as_tensor(position, device="cpu").view(-1, 1) + steps
     if lengths is not None:
         place = place.where(steps < lengths[:, None], 1 << 40)
     return place.to(x.device)[..., None].expand(x.shape)

@@ -97,13 +97,13 @@ def _run(
     base: nn.Module, x: Tensor, layers: tuple[AttentionState, ...], lengths: Tensor | None
 ) -> tuple[Tensor, tuple[AttentionState, ...]]:
     past, slots = layers[0].position, layers[0].keys.shape[2]
-    positions = torch.as_tensor(past).view(-1, 1) + torch.arange(x.shape[1])
+    positions = torch.as_tensor(past, device="cpu").view(-1, 1) + torch.arange(x.shape[1], device="cpu")
     if lengths is not None:  # pads stay within a table of positions
         last = past + lengths - 1
         positions = torch.minimum(positions, last.clamp(min=0)[:, None])
     mask = None
     if isinstance(past, torch.Tensor):
-        mask = torch.arange(slots + x.shape[1]) >= slots - past[:, None]
+        mask = torch.arange(slots + x.shape[1], device="cpu") >= slots - past[:, None]
         mask = mask.to(x.device, torch.long)
     cache = DynamicCache()
     for index, layer in enumerate(layers):
@@ -264,7 +264,7 @@ class RMTModel(StatefulDecoder, RMTPreTrainedModel):
 
 def _put(state: RMTState, rows: Tensor, part: RMTState) -> RMTState:
     """The state with those of `part` in the rows where `rows` [B] holds, in their order."""
-    behind = torch.arange(len(rows)).where(~rows, len(rows) - 1 + rows.cumsum(0))
+    behind = torch.arange(len(rows), device="cpu").where(~rows, len(rows) - 1 + rows.cumsum(0))
     return RMTState.join([state, part]).select(behind)
 
 

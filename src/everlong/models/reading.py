@@ -88,7 +88,11 @@ def _regroup(parts: Iterable[Any], first: int, size: int) -> Iterator[Tensor]:
 
 def _tensor(ids: Any) -> Tensor:
     """As int64: parts of one text may differ in type, and an array in byte order or direction."""
-    return ids.long() if isinstance(ids, Tensor) else torch.tensor(ids.astype("int64", order="C"))
+    return (
+        ids.long()
+        if isinstance(ids, Tensor)
+        else torch.tensor(ids.astype("int64", order="C"), device="cpu")
+    )
 
 
 def _check_ids(ids: Any) -> None:

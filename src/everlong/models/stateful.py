@@ -458,7 +458,7 @@ def _documents(
     batch, tokens = x.shape[:2]
     if attention_mask is None and position_ids is None:
         return None
-    real = torch.ones(batch, tokens, dtype=torch.bool)
+    real = torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
     if attention_mask is not None:
         real = _new_columns(attention_mask, batch, tokens, past).bool().cpu()
     starts = torch.zeros_like(real)

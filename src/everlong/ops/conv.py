@@ -40,7 +40,7 @@ def causal_conv_silu(
     if lengths is None:
         last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
         return y, last[:, last.shape[1] - reach :]
-    index = (lengths[:, None] + torch.arange(reach)).to(x.device)
+    index = (lengths[:, None] + torch.arange(reach, device="cpu")).to(x.device)
     return y, torch.cat([tail, x], 1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 

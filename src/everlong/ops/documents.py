@@ -44,16 +44,20 @@ class Documents:
         behind = real & (real.cumsum(1) == 1)  # the first real token
         begins = (behind & starts).any(1)
         nth -= begins.long()[:, None]
-        count = torch.where(real, nth, 0).amax(1) + 1 if real.shape[1] else torch.ones(len(real)).long()
+        count = (
+            torch.where(real, nth, 0).amax(1) + 1
+            if real.shape[1]
+            else torch.ones(len(real), device="cpu").long()
+        )
         offset = count.cumsum(0) - count
         document = (offset[:, None] + nth)[real]
-        fresh = torch.ones(int(count.sum()), dtype=torch.bool)
+        fresh = torch.ones(int(count.sum()), dtype=torch.bool, device="cpu")
         fresh[offset] = begins if continued else True
         begins_anew = continued and bool(fresh.any())
         if len(fresh) == len(real) and bool(real.all()) and not begins_anew:
             return None
         return cls(
-            row=torch.arange(len(real)).repeat_interleave(count),
+            row=torch.arange(len(real), device="cpu").repeat_interleave(count),
             fresh=fresh,
             lengths=document.bincount(minlength=len(fresh)),
             tokens=real.flatten().nonzero().squeeze(1),
@@ -73,10 +77,10 @@ class Documents:
             if not groups or 2 * self.lengths[document] < self.lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(document)
-        return [self._subset(torch.tensor(sorted(group))) for group in groups]
+        return [self._subset(torch.tensor(sorted(group), device="cpu")) for group in groups]
 
     def _subset(self, which: Tensor) -> "Documents":
-        owner = torch.arange(len(self.row)).repeat_interleave(self.lengths)
+        owner = torch.arange(len(self.row), device="cpu").repeat_interleave(self.lengths)
         return Documents(
             row=self.row[which],
             fresh=self.fresh[which],
@@ -114,7 +118,7 @@ class Documents:
 
     def _places(self) -> Tensor:
         """Where the real tokens are in the flat [N, L]."""
-        real = torch.arange(self._longest) < self.lengths[:, None]
+        real = torch.arange(self._longest, device="cpu") < self.lengths[:, None]
         return real.flatten().nonzero().squeeze(1)
 
     @staticmethod
@@ -138,7 +142,7 @@ class Piece:
         device: torch.device,
         rows: Tensor | None = None,
     ) -> None:
-        slots = torch.arange(int(count.max()))
+        slots = torch.arange(int(count.max()), device="cpu")
         self.token = (start[:, None] + slots).to(device)
         self.real = (slots < count[:, None]).to(device)
         self.rows = None if rows is None else rows.to(device)

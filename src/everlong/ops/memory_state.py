@@ -203,8 +203,8 @@ class NeuralMemoryState(State):
             if isinstance(start, int):
                 before, after = buffer.narrow(dim, 0, start), size - start - length
                 return torch.cat([before, new, buffer.narrow(dim, size - after, after)], dim)
-            source = torch.arange(size) - start[:, None]
-            fresh = (source >= 0) & (source < torch.as_tensor(count)[:, None])
+            source = torch.arange(size, device="cpu") - start[:, None]
+            fresh = (source >= 0) & (source < torch.as_tensor(count, device="cpu")[:, None])
             shape[0] = buffer.shape[0]
             source = source.clamp(0, length - 1).to(buffer.device).view(shape).expand_as(buffer)
             return torch.where(fresh.to(buffer.device).view(shape), new.gather(dim, source), buffer)

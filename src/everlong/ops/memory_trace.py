@@ -59,7 +59,7 @@ def trace_neural_memory(
                 its_k, its_k, its_v, *its_gates, state=state, scale=scale, lengths=count
             )
             offset = offset + count
-        real = (torch.arange(tokens) < counts[:, None]).to(k.device)[..., None, None]
+        real = (torch.arange(tokens, device="cpu") < counts[:, None]).to(k.device)[..., None, None]
         alpha, eta, theta = (x.where(real, 0.0) for x in (alpha, eta, gates.theta))
     return MemoryTrace(loss, surprise, alpha, eta, theta, norm)
 
@@ -88,7 +88,7 @@ def _of_chunk(
     )
     gates = gates.map(lambda gate: gate.to(state.dtype).permute(0, 2, 3, 1))
     norm = _norms(state.insert(inputs, errors, gates, start, count))
-    slots = (start[:, None] + torch.arange(k.shape[1])).clamp(max=state.chunk_size - 1)
+    slots = (start[:, None] + torch.arange(k.shape[1], device="cpu")).clamp(max=state.chunk_size - 1)
     index = slots.to(k.device)[:, None, :, None].expand(-1, norm.shape[1], -1, norm.shape[3])
     return loss.transpose(1, 2), surprise.transpose(1, 2), norm.gather(2, index).transpose(1, 2)
 

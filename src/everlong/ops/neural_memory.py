@@ -329,7 +329,7 @@ def _slot_rows(coefficients: ChunkCoefficients, start: int | Tensor, length: int
             return x.narrow(dim, start, length)
     else:
         size = coefficients.memory_carry.shape[-1]
-        slots = (start[:, None] + torch.arange(length)).clamp(max=size - 1)
+        slots = (start[:, None] + torch.arange(length, device="cpu")).clamp(max=size - 1)
 
         def rows(x: Tensor, dim: int) -> Tensor:
             shape = [1, x.shape[1], *([1] * (x.dim() - 2))]

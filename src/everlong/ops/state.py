@@ -26,7 +26,7 @@ Own = TypeVar("Own", bound="State")
 
 def per_row(number: PerRow, batch: int) -> Tensor:
     """As [B] integers on the CPU."""
-    return number if isinstance(number, Tensor) else torch.full((batch,), number)
+    return number if isinstance(number, Tensor) else torch.full((batch,), number, device="cpu")
 
 
 def check_tensor(
@@ -86,7 +86,7 @@ def check_same_place(*places: tuple[PerRow, int | None]) -> None:
         elif torch.compiler.is_compiling():  # what they hold is not known before they run
             continue
         else:
-            right = bool((torch.as_tensor(same) == position).all())
+            right = bool((torch.as_tensor(same, device="cpu") == position).all())
         if not right:
             raise ValueError(
                 f"parts of the state, or layers of the model, have read {places} tokens (mod a chunk), "
@@ -178,7 +178,7 @@ class State:
         """The rows with these indices, in this order (repeats allowed)."""
         if isinstance(rows, Tensor) and rows.dtype == torch.bool:
             raise ValueError("rows must be indices, got booleans: use rows.nonzero().squeeze(1)")
-        index = torch.as_tensor(rows, dtype=torch.long).cpu()
+        index = torch.as_tensor(rows, dtype=torch.long, device="cpu").cpu()
         batch = self.batch_size
         if index.numel() and not -batch <= index.min() <= index.max() < batch:
             raise ValueError(

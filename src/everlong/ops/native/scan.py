@@ -179,7 +179,7 @@ def _room(native: Library, shape: Shape) -> Tensors:
     sizes = [native.call(f"everlong_{name}_size", shape) for name in ("state", "kept")]
     counts = -(-chunks // shape.interval) - 1, chunks
     return tuple(
-        torch.empty(memories, count, size, dtype=native.dtype)
+        torch.empty(memories, count, size, dtype=native.dtype, device="cpu")
         for count, size in zip(counts, sizes, strict=True)
     )
 
