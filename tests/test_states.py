@@ -3,6 +3,7 @@ that takes it: it never reaches a kernel, and never gives a silent result."""
 
 import copy
 import functools
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from everlong import NeuralMemoryState
 from everlong.models import MemoryCache
-from everlong.ops.state import State
+from everlong.ops.state import State, save_states
 from subjects import SEGMENT, SUBJECTS
 
 EVERY = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
@@ -198,3 +199,47 @@ def test_a_memory_says_what_it_is():
         assert part in repr(cache), part
     assert repr(cache.layers[0].state) == f"MACState(2 rows, {size / 2048:.4g} KiB)"
     assert "0 tokens read" in repr(MemoryCache(2))
+
+
+def test_a_loaded_memory_is_apart_from_its_file(tmp_path):
+    """What happens to the file later does not reach it; files that are none are left alone."""
+    subject = next(s for s in SUBJECTS if s.name == "hybrid")
+    cache, path = right(subject, False)[1], tmp_path / "memory.safetensors"
+    cache.save(path)
+    loaded = MemoryCache.load(path)
+    before = [x.clone() for x in subject.leaves(loaded)]
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    for got, want in zip(subject.leaves(loaded), before, strict=True):
+        assert torch.equal(got, want)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="it is no file"):
+        cache.save(pipe)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("made_by", ["[]", "0", '""', "[" * 3000 + "]" * 3000])
+def test_a_cache_that_says_nonsense_of_its_model_is_refused(made_by, tmp_path):
+    cache = right(SUBJECTS[4], False)[1]
+    layers = [[layer.seen, layer.state] for layer in cache.layers]
+    save_states({"made_by": made_by, "layers": layers}, tmp_path / "memory")
+    with pytest.raises(ValueError, match="damaged"):
+        MemoryCache.load(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("seen", [-1, 1 << 31, 10**30, 1.5, torch.tensor(3)])
+def test_counts_of_tokens_have_a_bound(seen):
+    cache = copy.deepcopy(right(SUBJECTS[4], False)[1])
+    for layer in cache.layers:
+        layer.seen = seen
+    with pytest.raises(ValueError, match="tokens"):
+        cache.check_states()
+
+
+def test_a_cache_without_layers_says_so():
+    cache = MemoryCache(0)
+    assert "empty" in repr(cache)
+    with pytest.raises(ValueError, match="state for each layer"):
+        cache.check_states()

@@ -359,3 +359,49 @@ def test_a_trainers_model_is_saved_for_use(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is False
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded(torch.ones(1, 3).long(), use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("kind", ["lmm", "mac", "mag", "mal"])
+def test_a_memory_that_is_read_only_generates(kind):
+    """It stands still while the attention beside it goes on."""
+    model = titans(kind, "sliding_attention", memory_read_only=True)().eval()
+    ids = torch.randint(VOCABULARY, (2, TOKENS))
+    want = model.generate(ids, use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY), want)
+
+
+@SOME
+def test_arguments_of_another_kind_are_refused(name):
+    model, ids = made(name)
+    half = torch.full(ids.shape, 0.5)
+    for wrong in (
+        {"input_ids": ids.float()},
+        {"input_ids": ids[0]},
+        {"input_ids": ids.tolist()},
+        {"inputs_embeds": torch.zeros(2, 3)},
+        {"inputs_embeds": torch.zeros(2, 3, 5)},
+        {"input_ids": ids, "attention_mask": half},
+        {"input_ids": ids, "attention_mask": torch.where(ids > 3, 0.0, -torch.inf)},
+        {"input_ids": ids, "attention_mask": [[1] * TOKENS] * 2},
+        {"input_ids": ids, "logits_to_keep": -2},
+        {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0.0, 4.5, TOKENS])},
+        {"input_ids": ids, "past_key_values": model.memorize(ids).to("meta")},
+    ):
+        with pytest.raises(ValueError, match=r"must|meta"):
+            model(**wrong)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_a_compiled_step_takes_two_rows():
+    """As many as a number that a compiler may have seen elsewhere."""
+    model = titans("lmm")().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    ids = torch.randint(VOCABULARY, (2, 9))
+    with torch.no_grad():
+        want, cache = model.memorize(ids[:, :6]), model.memorize(ids[:, :6])
+        for t in range(6, 9):
+            got = compiled(ids[:, t : t + 1], past_key_values=cache).logits
+            assert_close(
+                "logits", got, model(ids[:, t : t + 1], past_key_values=want).logits, got.dtype
+            )

@@ -56,9 +56,9 @@ class AttentionState(State):
         check_position(self.position, batch)
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
+    def place(self) -> PerRow:
         """Tokens so far."""
-        return self.position, None
+        return self.position
 
     def check_like(self, initial: "AttentionState") -> None:
         """As of every state; there may be any number of keys."""

@@ -301,7 +301,8 @@ class ReleasedBank(RowBank):
         before = torch.as_tensor(state.seen.position, device="cpu").view(-1, 1)
         count = (before + 1 + torch.arange(e.shape[1], device="cpu")).to(e.device)[..., None]
         assert state.pooled is not None
-        pooled = state.pooled[:, None] + F.relu(self.input_weight() * e).cumsum(1)
+        before_it = state.pooled.to(e.dtype)[:, None]
+        pooled = before_it + F.relu(self.input_weight() * e).cumsum(1)
         gates = self.input_proj(pooled / count) + self.memory_proj(torch.tanh(rows.to(e.dtype)))
         bias = self.gate_bias()
         g_in, g_forget = gates.chunk(2, -1)
@@ -312,7 +313,7 @@ class ReleasedBank(RowBank):
         if weights is not None:
             found = BankTrace(weights, None, g_in, g_forget, rows, new)
         # The sum of no token stands before the first: row b's sum is behind its lengths[b] tokens.
-        sums = torch.cat([state.pooled[:, None], pooled], 1)
+        sums = torch.cat([before_it, pooled], 1)
         taken = torch.as_tensor(e.shape[1] if lengths is None else lengths, device="cpu").expand(len(e))
         going_on = (torch.as_tensor(seen.position, device="cpu") > 0).to(e.device).view(-1, 1)
         last = sums[torch.arange(len(e), device=e.device), taken.to(e.device)].where(going_on, 0.0)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from everlong.ops.state import (
     ANOTHER,
+    MOST_TOKENS,
     State,
     check_kind,
     check_same_place,
@@ -116,7 +117,9 @@ class MemoryCache(Cache):
             raise ValueError(f"a cache has a state for each layer, got none: {ANOTHER}")
         # Numbers are compared one by one: a compiler would make a program for each set of them.
         seen = self.layers[0].seen
-        if not isinstance(seen, int) or seen < 0 or any(x.seen != seen for x in self.layers):
+        counts = [layer.seen for layer in self.layers]
+        whole = all(isinstance(count, int) for count in counts) and 0 <= seen < MOST_TOKENS
+        if not whole or any(count != seen for count in counts):
             raise ValueError(f"the layers of a cache have read as many tokens as each other: {ANOTHER}")
         missing = len(states) not in (0, len(self.layers)) or (seen > 0 and not states)
         if missing or any(state.batch_size != states[0].batch_size for state in states):
@@ -137,7 +140,7 @@ class MemoryCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of the states, or -1 before the first call."""
-        state = self.layers[0].state
+        state = self.layers[0].state if self.layers else None
         return -1 if state is None else state.batch_size
 
     @property
@@ -193,8 +196,9 @@ class MemoryCache(Cache):
             cache = cls(len(held["layers"]), json.loads(held["made_by"]))
             for layer, (seen, state) in zip(cache.layers, held["layers"], strict=True):
                 layer.seen, layer.state = seen, state
-            check_kind("made_by", cache.made_by or {}, dict)
+            if cache.made_by is not None:
+                check_kind("made_by", cache.made_by, dict)
             cache.check_states()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged, or no cache of a model: {error}") from error
         return cache.to(device)

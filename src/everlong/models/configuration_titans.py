@@ -169,10 +169,13 @@ class TitansConfig(PreTrainedConfig):
             ("backprop_segments", 1),
             ("memory_write_cost", 0),
             ("rms_norm_eps", 0),
+            ("initializer_range", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id ({self.pad_token_id}) is no token of a vocabulary of {self.vocab_size}"

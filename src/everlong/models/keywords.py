@@ -85,6 +85,8 @@ def document_starts(
 def _starts_at(offsets: Tensor, name: str, batch: int, tokens: int) -> Tensor:
     """[1, T], where documents start in the one row."""
     ends = offsets.tolist()
+    if not isinstance(ends, list) or offsets.is_floating_point():
+        raise ValueError(f"{name} must be a row of integers, got {ends}")
     if batch != 1 or ends[:1] != [0] or ends[-1] != tokens or sorted(ends) != ends:
         raise ValueError(
             f"{name} must be offsets from 0 to T = {tokens} in a single row, in their order, got "

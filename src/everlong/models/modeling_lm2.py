@@ -84,7 +84,7 @@ class LM2State(State):
         check_same_place(*places)
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
+    def place(self) -> PerRow:
         """Tokens of the open segment so far."""
         return self.attention.place
 

@@ -66,7 +66,7 @@ class RMTState(State):
         check_tensor("memory", self.memory, (self.batch_size, None, None), device)
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
+    def place(self) -> PerRow:
         """Rows of the open segment so far, its memory's too."""
         return self.layers[0].place
 

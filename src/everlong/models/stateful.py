@@ -22,7 +22,7 @@ from everlong.models.keywords import check_keywords, document_starts, mask_behin
 from everlong.models.reading import Told, cut_text, default_piece, show_reading, text_length
 from everlong.ops import current_backend, use_backend
 from everlong.ops.documents import Documents
-from everlong.ops.state import State, check_kind
+from everlong.ops.state import INTEGERS, State, check_kind
 
 Own = TypeVar("Own", bound=State)
 Module = TypeVar("Module", bound=nn.Module)
@@ -63,6 +63,11 @@ def begin(
     if state is None:
         return initial(x).expand(x.shape[0])
     check_kind("kind", state, kind)
+    if state.first.device != x.device:
+        raise ValueError(
+            f"the state is on {state.first.device}, the input on {x.device}: use "
+            f"cache.to({str(x.device)!r})"
+        )
     if fresh is not None and bool(fresh.any()):
         return state.restart(fresh, initial(x).expand(x.shape[0]))
     return state
@@ -278,6 +283,10 @@ class StatefulDecoder:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must be [B, T, {self.config.hidden_size}], got {list(x.shape)}"
+            )
         position_ids = document_starts(position_ids, kwargs, x, past_key_values)
         outputs, cache = self.read(
             x, attention_mask, position_ids, past_key_values, use_cache, output_memory
@@ -305,6 +314,15 @@ class StatefulDecoder:
     def embed(self, input_ids: Tensor | None) -> Tensor:
         """input_ids [B, T] as vectors [B, T, D]. Raises ValueError for one outside the vocabulary, on
         the CPU; elsewhere nobody looks, which would cost a wait for the device."""
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in INTEGERS:
+            got = (
+                f"{input_ids.dtype} {list(input_ids.shape)}"
+                if isinstance(input_ids, Tensor)
+                else "none"
+            )
+            raise ValueError(
+                f"input_ids must be a tensor [B, T] of int64 or int32 token ids, got {got}"
+            )
         try:
             return self.embed_tokens(input_ids)
         except IndexError as error:
@@ -415,7 +433,10 @@ class StatefulDecoder:
                 "to another model"
             )
         cache.check_states()
-        if cache.batch_size not in (-1, batch):
+        held = cache.batch_size
+        if (
+            held != -1 and held != batch
+        ):  # one by one, or a compiler takes a batch of its own for another
             raise ValueError(
                 f"the cache was built for batch {cache.batch_size} but the input has batch {batch}: "
                 "take rows with cache.batch_select_indices(rows), or pass None for an empty memory"
@@ -438,6 +459,8 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 def _new_columns(attention_mask: Tensor, batch: int, tokens: int, past: int) -> Tensor:
     """[B, T] of a mask that may have the past's columns first."""
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor, got a {type(attention_mask).__name__}")
     shape = list(attention_mask.shape)
     if shape not in ([batch, tokens], [batch, past + tokens]):
         raise ValueError(
@@ -460,7 +483,12 @@ def _documents(
         return None
     real = torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
     if attention_mask is not None:
-        real = _new_columns(attention_mask, batch, tokens, past).bool().cpu()
+        columns = _new_columns(attention_mask, batch, tokens, past).cpu()
+        real = columns == 1
+        if not bool((real | (columns == 0)).all()):
+            raise ValueError(
+                f"attention_mask must be 1 at tokens and 0 at pads, got {columns.unique().tolist()[:8]}"
+            )
     starts = torch.zeros_like(real)
     if position_ids is not None:
         if list(position_ids.shape) not in ([batch, tokens], [1, tokens]):
@@ -508,6 +536,8 @@ class StatefulCausalLM:
         check_keywords(self, kwargs, output_hidden_states)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels ask for the logits of all tokens: leave logits_to_keep at 0")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         outputs = self.model(
             input_ids,
             attention_mask,

@@ -30,7 +30,6 @@ from everlong.ops.state import (
     ANOTHER,
     PerRow,
     State,
-    check_same_place,
     check_tensor,
     check_tuple,
     choose,
@@ -48,10 +47,9 @@ class MemoryAndAttentionState(State):
         """Raise ValueError where the fields do not fit each other."""
         self.check_part("memory", NeuralMemoryState)
         self.check_part("attention", AttentionState)
-        check_same_place(self.memory.place, self.attention.place)
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
+    def place(self) -> PerRow:
         """The attention's."""
         return self.attention.place
 
@@ -70,8 +68,6 @@ class MACState(State):
         """Raise ValueError where the fields do not fit each other."""
         self.check_part("memory", NeuralMemoryState)
         self.check_part("attention", AttentionState)
-        # A segment is whole chunks.
-        check_same_place(self.memory.place, self.attention.place)
         like, tail = self.memory.weights, self.memory.conv_tail
         check_tuple("weights", self.weights, len(like))
         for i, (x, weight) in enumerate(zip(self.weights, like, strict=True)):
@@ -81,11 +77,6 @@ class MACState(State):
         if tail is not None:  # that of q, k and v together
             shape = (*tail.shape[:2], tail.shape[2] // 3)
             check_tensor("read_tail", self.read_tail, shape, tail.device)
-
-    @property
-    def place(self) -> tuple[PerRow, int | None]:
-        """The memory's."""
-        return self.memory.place
 
 
 register_dataclass(MemoryAndAttentionState)

@@ -35,7 +35,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def current_backend() -> str:
     """The name in force."""
-    return _chosen.get() or _checked(os.environ.get("EVERLONG_BACKEND", "auto"))
+    return _chosen.get() or _checked(os.environ.get("EVERLONG_BACKEND") or "auto")
 
 
 def backends() -> tuple[str, ...]:

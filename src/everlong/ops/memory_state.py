@@ -111,11 +111,6 @@ class NeuralMemoryState(State):
         check_position(self.position, batch, chunk)
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
-        """Tokens so far, modulo a chunk."""
-        return self.position, self.chunk_size
-
-    @property
     def gates(self) -> Gates:
         """The open chunk's gates, [B, H, L, C] each."""
         return Gates(self.theta, self.log_retain, self.log_eta)

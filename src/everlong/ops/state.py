@@ -20,6 +20,7 @@ FORMAT = "everlong.state.1"
 ANOTHER = "it is damaged, or belongs to another layer or model"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+MOST_TOKENS = 1 << 31  # nobody has read more: a file that says so is no memory
 PerRow = int | Tensor
 Own = TypeVar("Own", bound="State")
 
@@ -66,7 +67,7 @@ def check_position(position: Any, batch: int, below: int | None = None) -> None:
     else:
         right = isinstance(position, int) and not isinstance(position, bool)
         least = most = position if right else 0
-    if not right or least < 0 or (below is not None and most >= below):
+    if not right or least < 0 or most >= (below or MOST_TOKENS):
         bound = "at least 0" if below is None else f"in 0 ... {below - 1}"
         raise ValueError(
             f"the state's position must be an integer {bound}, or [{batch}] of them on the CPU, got "
@@ -74,23 +75,20 @@ def check_position(position: Any, batch: int, below: int | None = None) -> None:
         )
 
 
-def check_same_place(*places: tuple[PerRow, int | None]) -> None:
-    """Raise ValueError unless `State.place`s agree, row by row."""
-    whole = next((position for position, period in places if period is None), None)
-    for position, period in places:
-        same = next(p for p, other in places if other == period)
-        if whole is not None and period is not None:
-            same = whole % period
-        if isinstance(same, int) and isinstance(position, int):
-            right = same == position
+def check_same_place(*places: PerRow | None) -> None:
+    """Raise ValueError unless all (but None) are the same, row by row."""
+    known = [place for place in places if place is not None]
+    for place in known[1:]:
+        if isinstance(place, int) and isinstance(known[0], int):
+            same = place == known[0]
         elif torch.compiler.is_compiling():  # what they hold is not known before they run
             continue
         else:
-            right = bool((torch.as_tensor(same, device="cpu") == position).all())
-        if not right:
+            same = bool((torch.as_tensor(known[0], device="cpu") == place).all())
+        if not same:
             raise ValueError(
-                f"parts of the state, or layers of the model, have read {places} tokens (mod a chunk), "
-                f"not the same number: {ANOTHER}"
+                f"parts of the state, or layers of the model, have read {known} tokens, not as many as "
+                f"each other: {ANOTHER}"
             )
 
 
@@ -136,9 +134,9 @@ class State:
             )
 
     @property
-    def place(self) -> tuple[PerRow, int | None]:
-        """Tokens of the document so far, modulo the second number (None: all of them)."""
-        raise NotImplementedError
+    def place(self) -> PerRow | None:
+        """Tokens so far, as `check_same_place` compares them; None: nobody else counts them so."""
+        return None
 
     def check_like(self: Own, initial: Own) -> None:
         """Raise ValueError where this state, right in itself, has other parts or sizes than `initial`,
@@ -153,12 +151,17 @@ class State:
         return sum(x.nbytes for x in self.tensors().values())
 
     @property
-    def batch_size(self) -> int:
-        """Number of rows, B."""
+    def first(self) -> Tensor:
+        """The first of the tensors: its rows and its device are the state's."""
         first = getattr(self, fields(self)[0].name)
         while isinstance(first, tuple):
             first = first[0]
-        return first.batch_size if isinstance(first, State) else len(first)
+        return first.first if isinstance(first, State) else first
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return len(self.first)
 
     def restart(self: Own, fresh: Tensor, initial: Own) -> Own:
         """The state with `initial` in the rows where `fresh` [B] (on the CPU) holds."""
@@ -338,6 +341,8 @@ def save_states(states: Any, path: str | Path) -> None:
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {Path(path).parent}")
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
     path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot save to {path}: it is no file")
     aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         save_file(tensors, aside, metadata={"format": FORMAT, "tree": json.dumps(tree)})
@@ -358,8 +363,9 @@ def load_states(path: str | Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            # Copies: what is read is mapped to the file, which may be changed or cut later.
+            named = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): it is damaged, cut short or "
             "something else; save the state again with state.save(path)"

@@ -45,6 +45,8 @@ class Library:
         self.gemm = ctypes.cast(_blas(routine), ctypes.c_void_p).value
         with built(real) as path:
             self._library = ctypes.CDLL(str(path))
+        if not hasattr(self._library, "everlong_scan_forward"):
+            raise OSError(f"{path} holds no kernels: what made it is no C compiler")
         self._own = threading.local()
 
     def call(self, name: str, *structures: ctypes.Structure) -> int:
