@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -305,6 +306,11 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("generate m --prompt a --seed 99999999999", "--seed must be .*got 99999999999"),
         ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
         ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
+        ("tokenizer --source s --out o --vocab_size 100000000000", "--vocab_size must be .*at most"),
+        ("generate m --prompt a --temperature 1e-40", "--temperature must be .*got 1e-40"),
+        ("train --resume=", "--resume has no run folder"),
+        ("generate  --prompt a", "a model has no name"),
+        ("eval  --out o", "a model has no name"),
         ("data babi-write f --stories=-1", "--stories must be .*got -1"),
     ],
 )
@@ -423,3 +429,58 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("everlong 0.")
+
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A saved model, not trained, and its folder."""
+    folder = tmp_path / "tiny"
+    made = AutoModelForCausalLM.from_config(model_config("llama", intermediate_size=16, **TINY))
+    made.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewrite(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_weights_that_are_not_stored_are_not_made_up(command, tiny, tmp_path, capsys):
+    weights = load_file(tiny / "model.safetensors")
+    lost = weights.pop("model.norm.weight")
+    more = {"eval": ["--lengths", "96", "--samples", "2", "--out", tmp_path / "out"]}
+    arguments = [command, tiny, *more.get(command, ["--prompt", "a", "--max_new_tokens", "2"])]
+    save_file(weights, tiny / "model.safetensors", {"format": "pt"})
+    assert re.search(r"tiny cannot .*1 .*model\.norm\.weight", error_of(arguments, capsys))
+    save_file(
+        {**weights, "model.norm.weight": lost, "other.weight": lost.clone()},
+        tiny / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.warns(UserWarning, match=r"tiny: 1 .*other\.weight"):
+        assert main([str(each) for each in arguments]) == 0
+
+
+def test_a_model_of_nan_continues_no_text(tiny, capsys):
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tiny / "model.safetensors", {"format": "pt"})
+    for warm in ([], ["--temperature", "1"]):
+        assert "tiny cannot be evaluated: it gives logits of nan" in error_of(
+            ["generate", tiny, "--prompt", "a", *warm], capsys
+        )
+
+
+def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):
+    file = tiny / "generation_config.json"
+    rewrite(file, lambda values: values.update(num_beams=2))
+    arguments = ["generate", str(tiny), "--prompt", "a", "--max_new_tokens", "2"]
+    assert main(arguments) == 0
+    rewrite(file, lambda values: values.update(eos_token_id="x"))
+    assert "eos_token_id is a token id or a list of such, got 'x'" in error_of(arguments, capsys)

@@ -48,15 +48,29 @@ def load_model(
 
     Raises ValueError if the folder holds no model, or none that was finished, or one that is damaged.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from everlong.models.pretrained import load_whole
 
     where = _where(folder)
     try:
-        model = from_hub(folder, lambda: AutoModelForCausalLM.from_pretrained(**where, dtype=dtype))
-        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
+        model = from_hub(folder, lambda: load_whole(str(folder), **where, dtype=dtype))
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **where))
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
+    _check_ends(folder, model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _check_ends(folder: str | Path, model: PreTrainedModel) -> None:
+    """Refuse an end of a text that is no token."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            raise ValueError(
+                f"{folder}: eos_token_id is a token id or a list of such, got {ends!r}: mend it in "
+                "generation_config.json or config.json"
+            )
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
@@ -111,10 +125,10 @@ def load_outline(folder: str | Path, **options: Any) -> Subject:
 
     where = _where(folder)
     try:
-        config = from_hub(folder, lambda: AutoConfig.from_pretrained(**where))
+        config = from_hub(folder, lambda: AutoConfig.from_pretrained(str(folder), **where))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **where))
     except Exception as error:
         raise ValueError(_unloadable(folder, error)) from error
     return _subject(folder, model, tokenizer, options)
@@ -260,17 +274,19 @@ def gguf_file(folder: Path) -> str | None:
 
 
 def _where(folder: str | Path) -> dict[str, Any]:
-    """Arguments of from_pretrained. Raises ValueError for a folder without a model."""
+    """Arguments of from_pretrained behind its name. Raises ValueError for a folder without a model."""
+    if not str(folder):
+        raise ValueError("a model has no name: name a folder that training wrote, or a hub id")
     path = Path(folder)
     if not path.is_dir():
         ours = str(folder).startswith((".", "/", "runs/"))  # where `everlong train` writes
         if str(folder).count("/") == 1 and not ours:
-            return {"pretrained_model_name_or_path": str(folder)}
+            return {}
         raise ValueError(
             f"{folder} does not exist: train it first (`everlong train RECIPE`), or name a folder that "
             "training wrote, or a hub id"
         )
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    where: dict[str, Any] = {"local_files_only": True}
     file = gguf_file(path)
     if file is not None:
         return {**where, "gguf_file": file}
