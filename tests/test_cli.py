@@ -484,3 +484,32 @@ def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):
     assert main(arguments) == 0
     rewrite(file, lambda values: values.update(eos_token_id="x"))
     assert "eos_token_id is a token id or a list of such, got 'x'" in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "names",
+    [("samples/x.wav", "report.html"), ("samples/x.wav",), ("results.json",), ("samples/a/b.jsonl",)],
+)
+def test_a_folder_of_others_is_no_evaluation(names, overwrite, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    arguments = ["eval", tiny, "--lengths", "96", "--samples", "2", "--out", out, *overwrite]
+    assert "out holds files of no evaluation of everlong" in error_of(arguments, capsys)
+    assert [(out / name).read_text() for name in names] == ["{}"] * len(names)
+
+
+def test_an_evaluation_is_known_by_its_samples_and_deletes_no_others(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    (out / "samples" / "mine.txt").touch()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (out / "samples" / "mine.txt").exists()
+    (out / "samples" / "mine.txt").unlink()
+    for path in out.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert main(arguments) == 0  # as if it had been stopped before its first results

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +28,8 @@ from everlong.pictures import short_name
 from everlong.words import file_name, parse_size, plain
 
 from .loading import load_outline, load_subject, name_apart
-from .results import FORMAT, Cell, Results
-from .store import Samples
+from .results import FORMAT, Cell, Results, is_results
+from .store import Samples, is_samples
 from .subject import Subject
 from .task import Record, Task
 
@@ -188,17 +187,22 @@ def evaluation_folder(
     """Keep a folder for one evaluation at a time, which goes on with an earlier one's samples.
 
     overwrite: delete those first. beside: patterns of what else may be in it. Raises ValueError
-    where another evaluation holds it, or it holds something else.
+    where another evaluation holds it, or it holds something else: an evaluation has our results, or,
+    as long as there are none, our samples and nothing else.
     """
 
     def known(names: set[str]) -> bool:
+        if RESULTS_FILE in names:
+            return is_results(out / RESULTS_FILE)
         others = names.difference(*(fnmatch.filter(names, pattern) for pattern in beside))
-        return not others or not {RESULTS_FILE, SAMPLES_FOLDER}.isdisjoint(names)
+        files = [path for path in (out / SAMPLES_FOLDER).rglob("*") if not path.is_dir()]
+        return others <= {SAMPLES_FOLDER} and all(map(is_samples, files))
 
     with hold(out):
         check_output(out, "evaluation", known, overwrite=True)
         if overwrite:
-            shutil.rmtree(out / SAMPLES_FOLDER, ignore_errors=True)
+            for path in filter(is_samples, [*(out / SAMPLES_FOLDER).glob("*/*.jsonl")]):
+                path.unlink()
             (out / RESULTS_FILE).unlink(missing_ok=True)
         yield
 

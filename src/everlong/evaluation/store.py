@@ -36,6 +36,11 @@ class Samples:
         append_line(self.path, record)
 
 
+def is_samples(path: Path) -> bool:
+    """Whether a file is called as `Samples` of an evaluation are: NAME-HASH.RANK.jsonl."""
+    return path.is_file() and re.fullmatch(r".+-[0-9a-f]{10}\.\d+\.jsonl", path.name) is not None
+
+
 def glob_escape(name: str) -> str:
     """A name as a pattern that stands for itself."""
     return re.sub(r"([*?[])", r"[\1]", name)
