@@ -513,3 +513,43 @@ def test_an_evaluation_is_known_by_its_samples_and_deletes_no_others(tiny, tmp_p
         if path.is_file():
             path.unlink()
     assert main(arguments) == 0  # as if it had been stopped before its first results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: [record.pop(name) for name in [*record] if name != "index"], "no .*scores"),
+        (lambda record: record.update(tokens=None), "tokens None"),
+        (lambda record: record["scores"].update(exact=7), "exact 7"),
+        (lambda record: record["scores"].update(tokens=float("nan")), "tokens nan"),
+        (lambda record: record["scores"].pop("exact"), "exact None"),
+        (lambda record: record.update(depth="x"), "depth 'x'"),
+        (lambda record: record.pop("distance"), "no distance"),
+    ],
+)
+def test_damaged_samples_are_named(change, message, tiny, tmp_path, capsys):
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "1", "--out", str(tmp_path / "o")]
+    assert main(arguments) == 0
+    [file] = (tmp_path / "o" / "samples").rglob("*.jsonl")
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record) + "\n")
+    assert re.search(
+        f"{re.escape(file.name)} is damaged: sample 0 has {message}", error_of(arguments, capsys)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("result.json", '{"steps": "x"}', "result.json is damaged: .*'x'"),
+        ("trainer_state.json", "{", "trainer_state.json is damaged"),
+        ("recipe.yaml", "data: {lenght: 3}", "tiny: data .*data.lenght: did you mean data.length"),
+        ("recipe.yaml", "data: {length: 9, start_length: x}", "tiny: data .*recipe.yaml"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(name, text, message, tiny, tmp_path, capsys):
+    (tiny / "recipe.yaml").write_text("data: {length: 96}")
+    (tiny / name).write_text(text)
+    arguments = ["eval", tiny, "--lengths", "96", "--samples", "1", "--out", tmp_path / "o"]
+    assert re.search(message, error_of(arguments, capsys))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from everlong import strict_yaml
 from everlong.data.config import DataConfig
 from everlong.hub import from_hub
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
-from everlong.words import one_line
+from everlong.words import check_names, one_line
 
 from .results import ModelInfo
 from .subject import Subject
@@ -25,6 +25,7 @@ from .subject import Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Config = TypeVar("Config", bound=DataConfig)
 PROBE = 64  # tokens in which a model shows whether it goes on from its cache
 WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last bytes are hashed
 MODEL_FILES = ("*.safetensors", "*.gguf", "*.bin", "config.json", "generation_config.json")
@@ -165,13 +166,16 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _result(file: Path) -> dict[str, Any]:
-    """What training came to, as it wrote it."""
+    """What training came to, or stands at, as it wrote it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged: it holds no fields")
+    steps = found.get("steps", found.get("global_step"))
+    if steps is not None and type(steps) is not int:
+        raise ValueError(f"{file} is damaged: its steps are no number but {str(steps)[:80]!r}")
     return found
 
 
@@ -181,11 +185,13 @@ def _checked(recipe: Any, file: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{file} is no recipe: it holds {str(recipe)[:80]!r}")
     data = recipe.get("data") or {}
+    held_out = data.get("held_out") if isinstance(data, dict) else None
     fields: dict[str, tuple[Any, type]] = {
         "name": (recipe.get("name"), str),
         "seed": (recipe.get("seed"), int),
         "data": (data, dict),
         "data.length": (data.get("length") if isinstance(data, dict) else None, int),
+        "data.held_out": (float(held_out) if type(held_out) is int else held_out, float),
     }
     for name, (value, kind) in fields.items():
         if value is not None and not isinstance(value, kind):
@@ -242,7 +248,7 @@ def _subject(
         kind=model.config.model_type,
         parameters=model.num_parameters(),
         seed=recipe.get("seed"),
-        training_length=_training_length(recipe, about.get("steps") or _steps_of(path)),
+        training_length=_training_length(path, recipe, about.get("steps") or _steps_of(path)),
         longest=longest_text(model),
         about=about,
         fingerprint=fingerprint(folder),
@@ -250,7 +256,7 @@ def _subject(
     return Subject(model, tokenizer, info, recipe, **options)
 
 
-def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
+def _training_length(path: Path, recipe: dict[str, Any], steps: int | None) -> int | None:
     """Tokens of the longest sample that a model has seen in so many steps (None: all that its recipe
     has); None if its recipe does not say."""
     data = recipe.get("data", {})
@@ -258,13 +264,27 @@ def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
         return None
     seen = steps or recipe.get("training", {}).get("max_steps") or sys.maxsize
     names = [each.name for each in dataclasses.fields(DataConfig) if each.name in data]
-    return DataConfig(**{name: data[name] for name in names}).length_at(seen - 1)
+    config = data_config(DataConfig, {name: data[name] for name in names}, path)
+    return config.length_at(seen - 1)
+
+
+def data_config(kind: type[Config], fields: dict[str, Any], path: str | Path) -> Config:
+    """A task as the model at a path was trained on it. Raises ValueError for fields that it lacks, and
+    for values that it cannot have."""
+    try:
+        check_names(fields, [each.name for each in dataclasses.fields(kind)], "data.")
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: data in the {RECIPE_FILE} of its training cannot be read: {one_line(error)}. "
+            "Mend that file"
+        ) from error
 
 
 def _steps_of(folder: Path) -> int | None:
     """Steps that a checkpoint stands at, where it is one."""
     state = folder / "trainer_state.json"
-    return json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None
+    return _result(state).get("global_step") if state.is_file() else None
 
 
 def gguf_file(folder: Path) -> str | None:

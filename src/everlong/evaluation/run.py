@@ -103,7 +103,8 @@ class _Job:
         # Not the label, which depends on the other models.
         path = Path(subject.info.path)
         model = file_name(path.resolve().name if path.is_dir() else str(path)) or "_"
-        return Samples(folder / model, f"{self.task.info.name}{length}-{hashed}", rank)
+        name = f"{self.task.info.name}{length}-{hashed}"
+        return Samples(folder / model, name, rank, self.task.fault)
 
     def cost(self, subject: Subject, samples: int) -> int:
         """Tokens of so many samples, about."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from everlong.files import append_line, read_lines
@@ -15,19 +16,31 @@ class Samples:
 
     Each process appends to a file of its own, NAME.RANK.jsonl, and reads those of all. A line that was
     being written when a run was killed is dropped, and its sample is asked again.
+    fault: what is wrong with a sample, "" if nothing is.
     """
 
-    def __init__(self, folder: Path, name: str, rank: int = 0) -> None:
-        self.folder, self.name = folder, name
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        rank: int = 0,
+        fault: Callable[[Record], str] = lambda record: "",
+    ) -> None:
+        self.folder, self.name, self.fault = folder, name, fault
         self.path = folder / f"{name}.{rank}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> dict[int, Record]:
-        """The samples that are there, by index."""
+        """The samples that are there, by index. Raises ValueError for a file with one at fault."""
         found: dict[int, Record] = {}
         for path in sorted(self.folder.glob(f"{glob_escape(self.name)}.*.jsonl")):
             for record in read_lines(path):
                 if isinstance(record, dict) and isinstance(record.get("index"), int):
+                    if fault := self.fault(record):
+                        raise ValueError(
+                            f"{path} is damaged: sample {record['index']} has {fault}. Delete the "
+                            "file, and its samples are asked again"
+                        )
                     found[record["index"]] = record
         return dict(sorted(found.items()))
 
