@@ -82,7 +82,7 @@ class HaystackTask(Task):
         fields = dict(subject.recipe.get("data", {}))
         if fields.get("task", "needle") != self.info.name:
             fields = {}
-        if self.stories is not None:
+        if self.stories is not None and self.info.name == "babi":  # needles have none
             fields["folder"] = self.stories
         config = data_config(HAYSTACKS[self.info.name], fields, subject.info.path).plain()
         return replace(config, source=self.source or config.source)

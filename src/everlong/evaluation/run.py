@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 LENGTHS = "lengths are token numbers such as 512,1k,1m"
 SAMPLES = "samples are a number, or numbers up to lengths such as 16k:100,128k:20"
-LONGEST, MOST_SAMPLES = 1 << 30, 1 << 20  # what fits into a memory
+LONGEST, MOST_SAMPLES = 1 << 26, 1 << 20  # what is read in days, and fits into a memory
 SHOWN = 5  # samples of each cell that a report shows
 
 
@@ -55,7 +55,7 @@ class SampleCounts:
         parts = []
         for part in text.split(","):
             length, colon, number = part.strip().rpartition(":")
-            count = parse_size(number, f"{SAMPLES}, got {text!r}: a part of it")
+            count = parse_size(number, SAMPLES if number == text else f"{SAMPLES}, in {text!r}")
             if not 1 <= count <= MOST_SAMPLES or bool(colon) != bool(length):
                 raise ValueError(f"{SAMPLES}, 1 ... {MOST_SAMPLES:,} each, got {text!r}")
             parts.append((parse_length(length) if colon else None, count))
