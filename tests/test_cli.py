@@ -489,7 +489,7 @@ def test_a_model_of_nan_continues_no_text(tiny, capsys):
 
 def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):
     file = tiny / "generation_config.json"
-    rewrite(file, lambda values: values.update(num_beams=2))
+    rewrite(file, lambda values: values.update(num_beams=2, min_length="x"))
     arguments = ["generate", str(tiny), "--prompt", "a", "--max_new_tokens", "2"]
     assert main(arguments) == 0
     rewrite(file, lambda values: values.update(eos_token_id="x"))

@@ -488,7 +488,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from transformers import LogitsProcessorList, TextStreamer, set_seed
+    from transformers import GenerationConfig, LogitsProcessorList, TextStreamer, set_seed
 
     from everlong.evaluation import load_model, longest_text
     from everlong.evaluation.subject import sound
@@ -517,11 +517,12 @@ def _generate(options: argparse.Namespace) -> int:
             "top_k": options.top_k,
             "top_p": options.top_p,
         }
+    # Of the model's own way to generate the ends alone: the options say the rest.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.generate(
         **ids,
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
-        num_beams=1,  # which a streamer wants, whatever the model's own way is
         logits_processor=LogitsProcessorList([lambda ids, logits: sound(logits, options.model)]),
         **sampling,
         **memory,
