@@ -554,6 +554,8 @@ def test_damaged_samples_are_named(change, message, tiny, tmp_path, capsys):
     [
         ("result.json", '{"steps": "x"}', "result.json is damaged: .*'x'"),
         ("trainer_state.json", "{", "trainer_state.json is damaged"),
+        ("recipe.yaml", "{data: {length: 96}, training: 5}", "recipe.yaml: training is no dict: '5'"),
+        ("recipe.yaml", "training: {max_steps: x}", "training.max_steps is no int: 'x'"),
         ("recipe.yaml", "data: {lenght: 3}", "tiny: data .*data.lenght: did you mean data.length"),
         ("recipe.yaml", "data: {length: 9, start_length: x}", "tiny: data .*recipe.yaml"),
     ],

@@ -184,19 +184,23 @@ def _checked(recipe: Any, file: Path) -> dict[str, Any]:
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"{file} is no recipe: it holds {str(recipe)[:80]!r}")
-    data = recipe.get("data") or {}
-    held_out = data.get("held_out") if isinstance(data, dict) else None
+    data, training = recipe.get("data") or {}, recipe.get("training") or {}
+    of_data = data if isinstance(data, dict) else {}
+    held_out = of_data.get("held_out")
+    steps = training.get("max_steps") if isinstance(training, dict) else None
     fields: dict[str, tuple[Any, type]] = {
         "name": (recipe.get("name"), str),
         "seed": (recipe.get("seed"), int),
         "data": (data, dict),
-        "data.length": (data.get("length") if isinstance(data, dict) else None, int),
+        "data.length": (of_data.get("length"), int),
         "data.held_out": (float(held_out) if type(held_out) is int else held_out, float),
+        "training": (training, dict),
+        "training.max_steps": (steps, int),
     }
     for name, (value, kind) in fields.items():
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{file}: {name} is no {kind.__name__}: {str(value)[:80]!r}")
-    return {**recipe, "data": data}
+    return {**recipe, "data": data, "training": training}
 
 
 def fingerprint(folder: str | Path) -> str:
