@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -284,7 +285,7 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("train needle-lmm --model.chunk_siz 3", "model.chunk_siz: did you mean model.chunk_size"),
         ("eval m", "required: --out"),
         ("data", "required: ACTION"),
-        ("eval m --out o --lengths 99999999999k", "1024M at most, got '99999999999k'"),
+        ("eval m --out o --lengths 99999999999k", "64M at most, got '99999999999k'"),
         ("eval m --out o --lengths 1.5k", "got '1.5k'"),
         ("eval m --out o --lengths=-1", "got '-1'"),
         ("eval m --out o --lengths=", "got ''"),
@@ -305,6 +306,21 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("generate m --prompt a --seed 99999999999", "--seed must be .*got 99999999999"),
         ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
         ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
+        ("tokenizer --source s --out o --vocab_size 100000000000", "--vocab_size must be .*at most"),
+        ("generate m --prompt a --temperature 1e-40", "--temperature must be .*got 1e-40"),
+        ("eval m --out o --lengths 1024m", "64M at most, got '1024m'"),
+        ("eval m --out o --samples=-1", "16k:100,128k:20, got '-1'$"),
+        ("eval m --out o --samples 4k:1,x", "in '4k:1,x', got 'x'"),
+        ("eval m --out o --babilong nosuch", "--babilong nosuch changes nothing in needle"),
+        ("eval m --out o --stories x", "--stories x changes nothing in needle"),
+        ("eval m --out o --data_dir nosuch", "--data_dir nosuch changes nothing in needle"),
+        ("eval m --out o --num_fewshot 0", "--num_fewshot 0 changes nothing in needle"),
+        ("eval m --out o --chat_template", "--chat_template .*changes nothing in needle"),
+        ("eval m --out o --setting trained", "--setting trained changes nothing in needle"),
+        ("eval m --out o --source=", "--source is empty"),
+        ("train --resume=", "--resume has no run folder"),
+        ("generate  --prompt a", "a model has no name"),
+        ("eval  --out o", "a model has no name"),
         ("data babi-write f --stories=-1", "--stories must be .*got -1"),
     ],
 )
@@ -423,3 +439,129 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("everlong 0.")
+
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A saved model, not trained, and its folder."""
+    folder = tmp_path / "tiny"
+    made = AutoModelForCausalLM.from_config(model_config("llama", intermediate_size=16, **TINY))
+    made.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewrite(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_weights_that_are_not_stored_are_not_made_up(command, tiny, tmp_path, capsys):
+    weights = load_file(tiny / "model.safetensors")
+    lost = weights.pop("model.norm.weight")
+    more = {"eval": ["--lengths", "96", "--samples", "2", "--out", tmp_path / "out"]}
+    arguments = [command, tiny, *more.get(command, ["--prompt", "a", "--max_new_tokens", "2"])]
+    save_file(weights, tiny / "model.safetensors", {"format": "pt"})
+    assert re.search(r"tiny cannot .*1 .*model\.norm\.weight", error_of(arguments, capsys))
+    save_file(
+        {**weights, "model.norm.weight": lost, "other.weight": lost.clone()},
+        tiny / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.warns(UserWarning, match=r"tiny: 1 .*other\.weight"):
+        assert main([str(each) for each in arguments]) == 0
+
+
+def test_a_model_of_nan_continues_no_text(tiny, capsys):
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tiny / "model.safetensors", {"format": "pt"})
+    for warm in ([], ["--temperature", "1"]):
+        assert "tiny cannot be evaluated: it gives logits of nan" in error_of(
+            ["generate", tiny, "--prompt", "a", *warm], capsys
+        )
+
+
+def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):
+    file = tiny / "generation_config.json"
+    rewrite(file, lambda values: values.update(num_beams=2, min_length="x"))
+    arguments = ["generate", str(tiny), "--prompt", "a", "--max_new_tokens", "2"]
+    assert main(arguments) == 0
+    rewrite(file, lambda values: values.update(eos_token_id="x"))
+    assert "eos_token_id is a token id or a list of such, got 'x'" in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "names",
+    [("samples/x.wav", "report.html"), ("samples/x.wav",), ("results.json",), ("samples/a/b.jsonl",)],
+)
+def test_a_folder_of_others_is_no_evaluation(names, overwrite, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    arguments = ["eval", tiny, "--lengths", "96", "--samples", "2", "--out", out, *overwrite]
+    assert "out holds files of no evaluation of everlong" in error_of(arguments, capsys)
+    assert [(out / name).read_text() for name in names] == ["{}"] * len(names)
+
+
+def test_an_evaluation_is_known_by_its_samples_and_deletes_no_others(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    (out / "samples" / "mine.txt").touch()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (out / "samples" / "mine.txt").exists()
+    (out / "samples" / "mine.txt").unlink()
+    for path in out.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert main(arguments) == 0  # as if it had been stopped before its first results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: [record.pop(name) for name in [*record] if name != "index"], "no .*scores"),
+        (lambda record: record.update(tokens=None), "tokens None"),
+        (lambda record: record["scores"].update(exact=7), "exact 7"),
+        (lambda record: record["scores"].update(tokens=float("nan")), "tokens nan"),
+        (lambda record: record["scores"].pop("exact"), "exact None"),
+        (lambda record: record.update(depth="x"), "depth 'x'"),
+        (lambda record: record.pop("distance"), "no distance"),
+    ],
+)
+def test_damaged_samples_are_named(change, message, tiny, tmp_path, capsys):
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "1", "--out", str(tmp_path / "o")]
+    assert main(arguments) == 0
+    [file] = (tmp_path / "o" / "samples").rglob("*.jsonl")
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record) + "\n")
+    assert re.search(
+        f"{re.escape(file.name)} is damaged: sample 0 has {message}", error_of(arguments, capsys)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("result.json", '{"steps": "x"}', "result.json is damaged: .*'x'"),
+        ("trainer_state.json", "{", "trainer_state.json is damaged"),
+        ("recipe.yaml", "{data: {length: 96}, training: 5}", "recipe.yaml: training is no dict: '5'"),
+        ("recipe.yaml", "training: {max_steps: x}", "training.max_steps is no int: 'x'"),
+        ("recipe.yaml", "data: {lenght: 3}", "tiny: data .*data.lenght: did you mean data.length"),
+        ("recipe.yaml", "data: {length: 9, start_length: x}", "tiny: data .*recipe.yaml"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(name, text, message, tiny, tmp_path, capsys):
+    (tiny / "recipe.yaml").write_text("data: {length: 96}")
+    (tiny / name).write_text(text)
+    arguments = ["eval", tiny, "--lengths", "96", "--samples", "1", "--out", tmp_path / "o"]
+    assert re.search(message, error_of(arguments, capsys))

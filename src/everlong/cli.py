@@ -25,6 +25,8 @@ from everlong.words import nearest, one_line, parse_size, plain
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
 MAX_SEED = (1 << 32) - 1  # of numpy
+MAX_VOCABULARY = 1 << 24  # memory for all of them is taken before the first
+COLDEST = 1e-6  # temperature
 GRACE = 5.0  # seconds in which torchrun ends the processes of which one has ended
 
 
@@ -44,6 +46,14 @@ def number(
         return value
 
     return read
+
+
+def _temperature(text: str) -> float:
+    """By a colder one logits would not be finite."""
+    value = number(float)(text)
+    if 0 < value < COLDEST:
+        raise argparse.ArgumentTypeError(f"must be 0 or at least {COLDEST:g}, got {text}")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,7 +254,7 @@ def _add_generate(commands: Any) -> None:
     prompt.add_argument("--prompt_file", metavar="FILE", help="read the text from a file")
     generate.add_argument("--max_new_tokens", type=number(low=1), default=200, help="at most (200)")
     generate.add_argument(
-        "--temperature", type=number(float), default=0.0, help="0 takes the likeliest token (0)"
+        "--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)"
     )
     generate.add_argument("--top_k", type=number(), default=0, help="sample from so many; 0: from all")
     generate.add_argument(
@@ -268,7 +278,9 @@ def _add_tokenizer(commands: Any) -> None:
         help="text: a file (text, JSONL, Parquet), a folder, a pattern, package:NAME or "
         "hub:OWNER/NAME; may be given several times",
     )
-    tokenizer.add_argument("--vocab_size", type=number(), default=8192, help="at most (8192)")
+    tokenizer.add_argument(
+        "--vocab_size", type=number(high=MAX_VOCABULARY), default=8192, help="at most (8192)"
+    )
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
     tokenizer.add_argument(
         "--overwrite", action="store_true", help="replace an earlier tokenizer in the same folder"
@@ -363,6 +375,8 @@ def _train(options: argparse.Namespace) -> int:
 
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
+    if options.resume == "":
+        raise ValueError("--resume has no run folder: give --resume RUN_FOLDER")
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite deletes one: give one of them")
     if options.print_config:
@@ -474,9 +488,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from transformers import TextStreamer, set_seed
+    from transformers import GenerationConfig, LogitsProcessorList, TextStreamer, set_seed
 
     from everlong.evaluation import load_model, longest_text
+    from everlong.evaluation.subject import sound
 
     prompt = _prompt(options)
     model, tokenizer = load_model(options.model)
@@ -502,10 +517,13 @@ def _generate(options: argparse.Namespace) -> int:
             "top_k": options.top_k,
             "top_p": options.top_p,
         }
+    # Of the model's own way to generate the ends alone: the options say the rest.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.generate(
         **ids,
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
+        logits_processor=LogitsProcessorList([lambda ids, logits: sound(logits, options.model)]),
         **sampling,
         **memory,
         prefill_chunk_size=None if is_mamba else PREFILL_PIECE,

@@ -30,7 +30,8 @@ def model_name(recipe: Mapping[str, Any]) -> str | None:
     kind = str(model.get("type") or "")
     if model.get("path"):
         return f"{kind} from {Path(str(model['path'])).name}".strip()
-    layers = dict.fromkeys(map(str, model.get("layer_types") or []))
+    types = model.get("layer_types") or []
+    layers = dict.fromkeys(map(str, types if isinstance(types, list) else [types]))
     return " ".join([kind, "+".join(layers)]).strip().replace("_", " ") or None
 
 

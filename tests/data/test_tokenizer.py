@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from everlong.data.tokenizer import VOCAB_SIZE, byte_tokenizer, encode_bytes
+from everlong.data.tokenizer import VOCAB_SIZE, byte_tokenizer, encode_bytes, train_tokenizer
 
 TEXTS = [
     "",
@@ -42,3 +42,13 @@ def test_round_trip_through_auto_tokenizer(tmp_path):
 
 def test_bytes_that_are_not_utf8_encode():
     assert encode_bytes(b"\xff\x00").tolist() == [255, 0]
+
+
+def test_a_huge_word_is_learnt_from_in_parts():
+    """In one it takes minutes; of one that repeats itself the tokens tell as well."""
+    word = "ab" * 4096
+    tokenizer = train_tokenizer([word, "héllo wörld " * 9], 400)
+    text = f"{word[:1000]} héllo wörld"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    longest = max(len(each) for each in tokenizer.get_vocab())
+    assert longest <= 256

@@ -202,3 +202,25 @@ def test_names_are_no_markup(runs, tmp_path):
         assert "[/nothing]" in text
         assert r"]:smile:\x1b[2J" in text.replace("\n", "")
     assert plot_losses(tmp_path / "losses.png", found)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "note"),
+    [
+        ("metrics.jsonl", '5\n{"step": 1, "loss": 2.5}\n', "metrics.jsonl: 1 lines are no log"),
+        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n{"loss": 2.5}\n', "metrics.jsonl: 2 lines"),
+        ("recipe.yaml", "model: {type: titans, layer_types: 5}\ntraining: {max_steps: x}", "titans 5"),
+        ("recipe.yaml", "a: [", "recipe.yaml is damaged"),
+        ("result.json", '{"steps": "x", "parameters": "many"}', "damaged: parameters is 'many'"),
+        ("result.json", '{"parameters": .inf}', "damaged: parameters is inf"),
+        ("result.json", "{", "result.json is damaged"),
+    ],
+)
+def test_a_damaged_run_does_not_hide_the_others(name, text, note, runs, tmp_path):
+    (runs[0].folder / name).write_text(text)
+    runs = find_runs([tmp_path / "runs"])
+    listed = shown(print_runs, runs)
+    assert note in listed
+    assert "7/20" in listed
+    shown(print_differences, runs)
+    assert plot_losses(tmp_path / "losses.png", runs)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BYTES = "bytes"  # what the byte tokenizer is called where a tokenizer is named
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+LONGEST_WORD = 256  # bytes, in training
 VOCAB_SIZE = 256 + 3
 
 
@@ -84,8 +85,10 @@ def gives_back(tokenizer: PreTrainedTokenizerFast) -> bool:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of these texts, with <pad>, <bos> and <eos> as ids 0, 1 and 2.
 
-    It has no unknown token: every byte has one of its own. vocab_size: at most, special tokens and
-    bytes included; a short text gives fewer. Raises ValueError if it is below 259, or without a text.
+    It has no unknown token: every byte has one of its own. Longer words than 256 bytes are learnt from
+    in parts: merging within a word takes time with the square of its length. vocab_size: at most,
+    special tokens and bytes included; a short text gives fewer. Raises ValueError if it is below 259,
+    or without a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -95,7 +98,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"got {vocab_size}"
         )
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    cut = pre_tokenizers.FixedLength(LONGEST_WORD)  # of bytes, each a letter by now
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -112,6 +117,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             yield text
 
     backend.train_from_iterator(noted(), trainer)
+    backend.pre_tokenizer = words
     if not seen:
         raise ValueError("the source holds no text: a tokenizer is trained on some")
     return _with_special_tokens(backend)

@@ -30,6 +30,7 @@ from everlong.hub import from_hub
 from everlong.words import one_line
 
 from .haystack import check_length, check_whole
+from .loading import data_config
 from .results import Metric, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
@@ -248,7 +249,7 @@ class BabilongTask(Task):
             if fields.get("task") != NAME:
                 fields = {}
             fields |= {"tasks": [self.task]} | ({"source": self.source} if self.source else {})
-            config = BabilongConfig(**fields).plain()
+            config = data_config(BabilongConfig, fields, subject.info.path).plain()
             self.data = {subject.info.path: config.held_out_data(subject.tokenizer, 1 << 30, self.seed)}
         return self.data[subject.info.path]
 

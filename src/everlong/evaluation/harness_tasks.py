@@ -152,6 +152,8 @@ class HarnessTask(Task):
     mean of its eight rows; it is in the first cell's `more`, whose metrics count each question once.
     """
 
+    fields = frozenset({"task", "values"})
+
     def __init__(
         self,
         leaves: dict[str, Any],

@@ -19,6 +19,7 @@ from everlong.data import HAYSTACKS, HaystackConfig, HaystackDataset
 from everlong.data.config import digest
 from everlong.data.haystack import IGNORE
 
+from .loading import data_config
 from .results import Cell, Estimate, Metric, TaskInfo
 from .subject import Subject
 from .task import AROUND, Record, Task, share_time
@@ -45,6 +46,8 @@ class HaystackTask(Task):
     name: "needle" or "babi". source: another text, as for `load_text`. stories: the folder of bAbI's
     files. Models must read bytes.
     """
+
+    fields = frozenset({"distance"})
 
     def __init__(
         self, name: str, seed: int = 0, source: str | None = None, stories: str | None = None
@@ -79,9 +82,9 @@ class HaystackTask(Task):
         fields = dict(subject.recipe.get("data", {}))
         if fields.get("task", "needle") != self.info.name:
             fields = {}
-        if self.stories is not None:
+        if self.stories is not None and self.info.name == "babi":  # needles have none
             fields["folder"] = self.stories
-        config = HAYSTACKS[self.info.name](**fields).plain()
+        config = data_config(HAYSTACKS[self.info.name], fields, subject.info.path).plain()
         return replace(config, source=self.source or config.source)
 
     def dataset(self, subject: Subject, samples: int) -> HaystackDataset:

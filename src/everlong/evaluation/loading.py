@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from everlong import strict_yaml
 from everlong.data.config import DataConfig
 from everlong.hub import from_hub
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
-from everlong.words import one_line
+from everlong.words import check_names, one_line
 
 from .results import ModelInfo
 from .subject import Subject
@@ -25,6 +25,7 @@ from .subject import Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Config = TypeVar("Config", bound=DataConfig)
 PROBE = 64  # tokens in which a model shows whether it goes on from its cache
 WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last bytes are hashed
 MODEL_FILES = ("*.safetensors", "*.gguf", "*.bin", "config.json", "generation_config.json")
@@ -48,15 +49,29 @@ def load_model(
 
     Raises ValueError if the folder holds no model, or none that was finished, or one that is damaged.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from everlong.models.pretrained import load_whole
 
     where = _where(folder)
     try:
-        model = from_hub(folder, lambda: AutoModelForCausalLM.from_pretrained(**where, dtype=dtype))
-        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
+        model = from_hub(folder, lambda: load_whole(str(folder), **where, dtype=dtype))
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **where))
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
+    _check_ends(folder, model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _check_ends(folder: str | Path, model: PreTrainedModel) -> None:
+    """Refuse an end of a text that is no token."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            raise ValueError(
+                f"{folder}: eos_token_id is a token id or a list of such, got {ends!r}: mend it in "
+                "generation_config.json or config.json"
+            )
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
@@ -111,10 +126,10 @@ def load_outline(folder: str | Path, **options: Any) -> Subject:
 
     where = _where(folder)
     try:
-        config = from_hub(folder, lambda: AutoConfig.from_pretrained(**where))
+        config = from_hub(folder, lambda: AutoConfig.from_pretrained(str(folder), **where))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(**where))
+        tokenizer = from_hub(folder, lambda: AutoTokenizer.from_pretrained(str(folder), **where))
     except Exception as error:
         raise ValueError(_unloadable(folder, error)) from error
     return _subject(folder, model, tokenizer, options)
@@ -151,13 +166,16 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _result(file: Path) -> dict[str, Any]:
-    """What training came to, as it wrote it."""
+    """What training came to, or stands at, as it wrote it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged: it holds no fields")
+    steps = found.get("steps", found.get("global_step"))
+    if steps is not None and type(steps) is not int:
+        raise ValueError(f"{file} is damaged: its steps are no number but {str(steps)[:80]!r}")
     return found
 
 
@@ -166,17 +184,23 @@ def _checked(recipe: Any, file: Path) -> dict[str, Any]:
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"{file} is no recipe: it holds {str(recipe)[:80]!r}")
-    data = recipe.get("data") or {}
+    data, training = recipe.get("data") or {}, recipe.get("training") or {}
+    of_data = data if isinstance(data, dict) else {}
+    held_out = of_data.get("held_out")
+    steps = training.get("max_steps") if isinstance(training, dict) else None
     fields: dict[str, tuple[Any, type]] = {
         "name": (recipe.get("name"), str),
         "seed": (recipe.get("seed"), int),
         "data": (data, dict),
-        "data.length": (data.get("length") if isinstance(data, dict) else None, int),
+        "data.length": (of_data.get("length"), int),
+        "data.held_out": (float(held_out) if type(held_out) is int else held_out, float),
+        "training": (training, dict),
+        "training.max_steps": (steps, int),
     }
     for name, (value, kind) in fields.items():
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{file}: {name} is no {kind.__name__}: {str(value)[:80]!r}")
-    return {**recipe, "data": data}
+    return {**recipe, "data": data, "training": training}
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -228,7 +252,7 @@ def _subject(
         kind=model.config.model_type,
         parameters=model.num_parameters(),
         seed=recipe.get("seed"),
-        training_length=_training_length(recipe, about.get("steps") or _steps_of(path)),
+        training_length=_training_length(path, recipe, about.get("steps") or _steps_of(path)),
         longest=longest_text(model),
         about=about,
         fingerprint=fingerprint(folder),
@@ -236,7 +260,7 @@ def _subject(
     return Subject(model, tokenizer, info, recipe, **options)
 
 
-def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
+def _training_length(path: Path, recipe: dict[str, Any], steps: int | None) -> int | None:
     """Tokens of the longest sample that a model has seen in so many steps (None: all that its recipe
     has); None if its recipe does not say."""
     data = recipe.get("data", {})
@@ -244,13 +268,27 @@ def _training_length(recipe: dict[str, Any], steps: int | None) -> int | None:
         return None
     seen = steps or recipe.get("training", {}).get("max_steps") or sys.maxsize
     names = [each.name for each in dataclasses.fields(DataConfig) if each.name in data]
-    return DataConfig(**{name: data[name] for name in names}).length_at(seen - 1)
+    config = data_config(DataConfig, {name: data[name] for name in names}, path)
+    return config.length_at(seen - 1)
+
+
+def data_config(kind: type[Config], fields: dict[str, Any], path: str | Path) -> Config:
+    """A task as the model at a path was trained on it. Raises ValueError for fields that it lacks, and
+    for values that it cannot have."""
+    try:
+        check_names(fields, [each.name for each in dataclasses.fields(kind)], "data.")
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: data in the {RECIPE_FILE} of its training cannot be read: {one_line(error)}. "
+            "Mend that file"
+        ) from error
 
 
 def _steps_of(folder: Path) -> int | None:
     """Steps that a checkpoint stands at, where it is one."""
     state = folder / "trainer_state.json"
-    return json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None
+    return _result(state).get("global_step") if state.is_file() else None
 
 
 def gguf_file(folder: Path) -> str | None:
@@ -260,17 +298,19 @@ def gguf_file(folder: Path) -> str | None:
 
 
 def _where(folder: str | Path) -> dict[str, Any]:
-    """Arguments of from_pretrained. Raises ValueError for a folder without a model."""
+    """Arguments of from_pretrained behind its name. Raises ValueError for a folder without a model."""
+    if not str(folder):
+        raise ValueError("a model has no name: name a folder that training wrote, or a hub id")
     path = Path(folder)
     if not path.is_dir():
         ours = str(folder).startswith((".", "/", "runs/"))  # where `everlong train` writes
         if str(folder).count("/") == 1 and not ours:
-            return {"pretrained_model_name_or_path": str(folder)}
+            return {}
         raise ValueError(
             f"{folder} does not exist: train it first (`everlong train RECIPE`), or name a folder that "
             "training wrote, or a hub id"
         )
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    where: dict[str, Any] = {"local_files_only": True}
     file = gguf_file(path)
     if file is not None:
         return {**where, "gguf_file": file}

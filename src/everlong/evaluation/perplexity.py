@@ -24,6 +24,7 @@ from everlong.data.reading import Piece
 from everlong.data.tokenizer import BYTES, encode_bytes
 
 from .haystack import check_length, check_whole
+from .loading import data_config
 from .results import Cell, Estimate, Metric, Point, TaskInfo
 from .subject import Subject
 from .task import Record, Task, share_time
@@ -84,6 +85,8 @@ class _OnDocuments(Task):
 
 class PerplexityTask(_OnDocuments):
     """Documents read once, to the longest of the asked lengths; losses by position."""
+
+    fields = frozenset({"bytes", "stretches"})
 
     def __init__(self, source: str | None, lengths: Sequence[int]) -> None:
         super().__init__(source, lengths)
@@ -243,7 +246,7 @@ def _documents(subject: Subject, source: str | None) -> Documents:
     coder: Any = None if is_bytes else subject.tokenizer
     sizes = token_bytes(coder)
     if source is None and data.get("task") == "text":
-        config = TextConfig(**data)
+        config = data_config(TextConfig, data, subject.info.path)
         own = config.build_tokenizer()
         if config.streaming:  # which holds out other documents than a text that is kept
             text = config._held_out_of_stream(own)

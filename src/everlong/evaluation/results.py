@@ -239,6 +239,15 @@ class Results:
         return cls(**{**values, "tasks": tasks, "models": models, "cells": cells})
 
 
+def is_results(path: Path) -> bool:
+    """Whether a file was written by `Results.write`, of this version or another."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"format", "tasks", "models", "cells"} <= values.keys()
+
+
 def _plain(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
     if isinstance(value, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +28,8 @@ from everlong.pictures import short_name
 from everlong.words import file_name, parse_size, plain
 
 from .loading import load_outline, load_subject, name_apart
-from .results import FORMAT, Cell, Results
-from .store import Samples
+from .results import FORMAT, Cell, Results, is_results
+from .store import Samples, is_samples
 from .subject import Subject
 from .task import Record, Task
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 LENGTHS = "lengths are token numbers such as 512,1k,1m"
 SAMPLES = "samples are a number, or numbers up to lengths such as 16k:100,128k:20"
-LONGEST, MOST_SAMPLES = 1 << 30, 1 << 20  # what fits into a memory
+LONGEST, MOST_SAMPLES = 1 << 26, 1 << 20  # what is read in days, and fits into a memory
 SHOWN = 5  # samples of each cell that a report shows
 
 
@@ -56,7 +55,7 @@ class SampleCounts:
         parts = []
         for part in text.split(","):
             length, colon, number = part.strip().rpartition(":")
-            count = parse_size(number, f"{SAMPLES}, got {text!r}: a part of it")
+            count = parse_size(number, SAMPLES if number == text else f"{SAMPLES}, in {text!r}")
             if not 1 <= count <= MOST_SAMPLES or bool(colon) != bool(length):
                 raise ValueError(f"{SAMPLES}, 1 ... {MOST_SAMPLES:,} each, got {text!r}")
             parts.append((parse_length(length) if colon else None, count))
@@ -104,7 +103,8 @@ class _Job:
         # Not the label, which depends on the other models.
         path = Path(subject.info.path)
         model = file_name(path.resolve().name if path.is_dir() else str(path)) or "_"
-        return Samples(folder / model, f"{self.task.info.name}{length}-{hashed}", rank)
+        name = f"{self.task.info.name}{length}-{hashed}"
+        return Samples(folder / model, name, rank, self.task.fault)
 
     def cost(self, subject: Subject, samples: int) -> int:
         """Tokens of so many samples, about."""
@@ -188,17 +188,22 @@ def evaluation_folder(
     """Keep a folder for one evaluation at a time, which goes on with an earlier one's samples.
 
     overwrite: delete those first. beside: patterns of what else may be in it. Raises ValueError
-    where another evaluation holds it, or it holds something else.
+    where another evaluation holds it, or it holds something else: an evaluation has our results, or,
+    as long as there are none, our samples and nothing else.
     """
 
     def known(names: set[str]) -> bool:
+        if RESULTS_FILE in names:
+            return is_results(out / RESULTS_FILE)
         others = names.difference(*(fnmatch.filter(names, pattern) for pattern in beside))
-        return not others or not {RESULTS_FILE, SAMPLES_FOLDER}.isdisjoint(names)
+        files = [path for path in (out / SAMPLES_FOLDER).rglob("*") if not path.is_dir()]
+        return others <= {SAMPLES_FOLDER} and all(map(is_samples, files))
 
     with hold(out):
         check_output(out, "evaluation", known, overwrite=True)
         if overwrite:
-            shutil.rmtree(out / SAMPLES_FOLDER, ignore_errors=True)
+            for path in filter(is_samples, [*(out / SAMPLES_FOLDER).glob("*/*.jsonl")]):
+                path.unlink()
             (out / RESULTS_FILE).unlink(missing_ok=True)
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from everlong.files import append_line, read_lines
@@ -15,25 +16,42 @@ class Samples:
 
     Each process appends to a file of its own, NAME.RANK.jsonl, and reads those of all. A line that was
     being written when a run was killed is dropped, and its sample is asked again.
+    fault: what is wrong with a sample, "" if nothing is.
     """
 
-    def __init__(self, folder: Path, name: str, rank: int = 0) -> None:
-        self.folder, self.name = folder, name
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        rank: int = 0,
+        fault: Callable[[Record], str] = lambda record: "",
+    ) -> None:
+        self.folder, self.name, self.fault = folder, name, fault
         self.path = folder / f"{name}.{rank}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> dict[int, Record]:
-        """The samples that are there, by index."""
+        """The samples that are there, by index. Raises ValueError for a file with one at fault."""
         found: dict[int, Record] = {}
         for path in sorted(self.folder.glob(f"{glob_escape(self.name)}.*.jsonl")):
             for record in read_lines(path):
                 if isinstance(record, dict) and isinstance(record.get("index"), int):
+                    if fault := self.fault(record):
+                        raise ValueError(
+                            f"{path} is damaged: sample {record['index']} has {fault}. Delete the "
+                            "file, and its samples are asked again"
+                        )
                     found[record["index"]] = record
         return dict(sorted(found.items()))
 
     def append(self, record: Record) -> None:
         """Write one more, to the disk at once."""
         append_line(self.path, record)
+
+
+def is_samples(path: Path) -> bool:
+    """Whether a file is called as `Samples` of an evaluation are: NAME-HASH.RANK.jsonl."""
+    return path.is_file() and re.fullmatch(r".+-[0-9a-f]{10}\.\d+\.jsonl", path.name) is not None
 
 
 def glob_escape(name: str) -> str:

@@ -136,17 +136,8 @@ class Subject:
         ]
 
     def sound(self, logits: Tensor) -> Tensor:
-        """The logits [..., V]. Raises ValueError where they name no likeliest token: NaN would be
-        scored, as wrong. (Some of them may be -inf: tokens that a model never says.)"""
-        best = logits.amax(-1)
-        if not bool(torch.isfinite(best).all()):
-            found = best[~torch.isfinite(best)][0].item()
-            raise ValueError(
-                f"{self.info.name} ({self.info.path}) cannot be evaluated: it gives logits of {found} "
-                f"in {str(logits.dtype).removeprefix('torch.')}. Its weights are not finite, or too "
-                "large for that type; leave it out"
-            )
-        return logits
+        """The logits, as `sound`."""
+        return sound(logits, f"{self.info.name} ({self.info.path})")
 
     def copy(self, cache: Any) -> Any:
         """A cache at the same place, to be used up."""
@@ -189,3 +180,18 @@ class Subject:
         text = self.decode(ids)
         places = [text.find(mark) for mark in stop if mark in text]
         return text[: min(places)] if places else text
+
+
+def sound(logits: Tensor, name: str) -> Tensor:
+    """The logits [..., V] of the model that is called `name`. Raises ValueError where they name no
+    likeliest token: NaN would be scored, as wrong. (Some of them may be -inf: tokens that a model never
+    says.)"""
+    best = logits.amax(-1)
+    if not bool(torch.isfinite(best).all()):
+        found = best[~torch.isfinite(best)][0].item()
+        raise ValueError(
+            f"{name} cannot be evaluated: it gives logits of {found} "
+            f"in {str(logits.dtype).removeprefix('torch.')}. Its weights are not finite, or too "
+            "large for that type; leave it out"
+        )
+    return logits

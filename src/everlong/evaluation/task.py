@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ Record = dict[str, Any]
 """A scored sample, as JSON values: index, scores ({metric: number}), tokens (read), seconds (its
 share); where they are known depth (in [0, 1]) and group; and what a reader wants to see: prompt (its
 end), evidence (what the text says of the answer, wherever that stands), wanted, answer."""
+OPTIONAL = ("depth", "seconds", "peak_mib", "distance", "bytes")  # numbers, where they are known
 AROUND = 60  # tokens or characters that are shown on either side of what answers
 
 
@@ -43,6 +45,30 @@ class Task(ABC):
     def fingerprint(self, subject: Subject, length: int | None, count: int) -> str:
         """A hash of what `count` samples are made of besides `info.settings`, such as the text: samples
         that were scored on something else are not taken for those asked for."""
+        return ""
+
+    fields: frozenset[str] = frozenset()  # of its records, besides index, scores and tokens
+
+    def fault(self, record: Record) -> str:
+        """What is wrong with a record that was read from a file; "" if nothing is."""
+        missing = {"scores", "tokens", *self.fields} - record.keys()
+        if missing:
+            return f"no {', '.join(sorted(missing))}"
+        scores = record["scores"]
+        if not isinstance(scores, dict):
+            return f"scores {scores!r}"
+        own = "values" not in record  # a score of lm-eval's may be any number
+        given = [("tokens", record["tokens"], False)]
+        given += [
+            (name, scores.get(name), own and metric.is_share)
+            for name, metric in self.info.metrics.items()
+            if own or name in scores
+        ]
+        given += [(n, record[n], n == "depth") for n in OPTIONAL if record.get(n) is not None]
+        for name, value, is_share in given:
+            is_number = isinstance(value, (int, float)) and (not own or math.isfinite(value))
+            if not is_number or (is_share and not 0 <= value <= 1):
+                return f"{name} {value!r}"
         return ""
 
     @abstractmethod

@@ -24,6 +24,18 @@ RULER_OFFICIAL = tuple(f"ruler_{name}" for name in RULER)
 OWN = (*TRAINED, *RULER, *BABILONG, "perplexity", "context")
 
 
+LM_EVAL = "lm-eval's"
+USED_BY = {  # an option, and who makes something of it
+    "source": OWN,
+    "stories": ("babi",),
+    "setting": BABILONG,
+    "babilong": BABILONG,
+    "chat_template": RULER + RULER_OFFICIAL,
+    "data_dir": (LM_EVAL,),
+    "num_fewshot": (LM_EVAL,),
+}
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """What tasks are told besides their names.
@@ -46,7 +58,8 @@ class TaskOptions:
 def build_tasks(names: Sequence[str], lengths: Sequence[int], options: TaskOptions) -> list[Task]:
     """The tasks by name, each once; a name that is none of everlong's is one of lm-eval's.
 
-    Raises ValueError for an unknown name, and for a task whose data cannot be had.
+    Raises ValueError for an unknown name, for a task whose data cannot be had, and for options that
+    none of the tasks takes.
     """
     if not names:
         raise ValueError(f"got no tasks: give some of {', '.join(OWN)}, or of lm-eval's")
@@ -56,7 +69,22 @@ def build_tasks(names: Sequence[str], lengths: Sequence[int], options: TaskOptio
             tasks.setdefault(task.info.name, task)
     if any(task.info.axis is not None for task in tasks.values()) and not lengths:
         raise ValueError("got no lengths: give at least one, in tokens")
+    _check_used(names, options)
     return list(tasks.values())
+
+
+def _check_used(names: Sequence[str], options: TaskOptions) -> None:
+    """Refuse options that change nothing, and empty ones."""
+    asked = {name if name in OWN + RULER_OFFICIAL else LM_EVAL for name in names}
+    for option, users in USED_BY.items():
+        value = getattr(options, option)
+        if value == "":
+            raise ValueError(f"--{option} is empty: give it a value, or leave it out")
+        if value != getattr(TaskOptions, option) and asked.isdisjoint(users):
+            raise ValueError(
+                f"--{option} {value} changes nothing in {', '.join(names)}: leave it out, or ask for "
+                f"tasks that take it ({', '.join(users)})"
+            )
 
 
 def _tasks(name: str, lengths: Sequence[int], options: TaskOptions) -> Sequence[Task]:

@@ -2,6 +2,7 @@
 model goes."""
 
 import copy
+import warnings
 from collections.abc import Collection
 from os import PathLike
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ def load_pretrained(
     if kind not in kinds:
         raise ValueError(f"{name} is a {kind}{instead}")
     if not isinstance(source, PreTrainedModel):
-        return AutoModelForCausalLM.from_pretrained(source, **loading), fields, placing
+        return load_whole(source, **loading), fields, placing
     if loading:
         raise ValueError(
             f"{', '.join(sorted(loading))} say how a model is loaded, and this {type(source).__name__} "
@@ -66,6 +67,34 @@ def load_pretrained(
     if any(parameter.is_meta for parameter in source.parameters()):
         raise ValueError(f"{name} is not all in memory: load it without device_map, or give its folder")
     return source, fields, placing
+
+
+def load_whole(source: str | PathLike[str], **loading: Any) -> PreTrainedModel:
+    """A causal language model with all its weights as they are stored. loading: as of
+    `from_pretrained`, which fills in what is not stored at random, and says so only in its log.
+
+    Raises ValueError where weights of the model are not stored; warns of stored ones that it has no
+    place for.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(source, **loading, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the model's weights are not in its files ({_some(missing)}): save or "
+            "download it anew"
+        )
+    extra = sorted(info["unexpected_keys"])
+    if extra:
+        warnings.warn(
+            f"{source}: {len(extra)} stored weights have no place in a {model.config.model_type}, and "
+            f"are left out ({_some(extra)})",
+            stacklevel=2,
+        )
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def place(model: Model, source: PreTrainedModel, placing: dict[str, Any]) -> Model:

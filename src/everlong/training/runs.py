@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from rich.table import Table
 from everlong import strict_yaml
 from everlong.pictures import LINE, log_if_wide, look, new_figure, save_figure, short_name
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
-from everlong.words import shown
+from everlong.words import one_line, shown
 
 from .changes import flat_fields
-from .progress import read_metrics
+from .progress import METRICS_FILE, read_metrics
 
+LOSSES = ("loss", "eval_loss")
+SHOWN = ("step", "steps", "parameters", "tokens", "tokens_per_second")
 PICTURE_FILE = "loss.png"
 SMOOTHED = 25  # about so many points of the drawn line stand for a run
 
@@ -33,6 +35,9 @@ class Run:
 
     folder: Path
 
+    faults: list[str] = field(default_factory=list, compare=False)
+    """What could not be read, as far as it was asked for: those parts count as not there."""
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """Its recipe, as it stands in the file."""
@@ -41,7 +46,13 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Its log."""
-        return read_metrics(self.folder)
+        lines = read_metrics(self.folder)
+        whole = [line for line in lines if isinstance(line, dict) and not _no_numbers(line)]
+        whole = [line for line in whole if "step" in line]
+        if len(whole) < len(lines):
+            file = self.folder / METRICS_FILE
+            self.faults.append(f"{file}: {len(lines) - len(whole)} lines are no log")
+        return whole
 
     @cached_property
     def result(self) -> dict[str, Any]:
@@ -54,11 +65,19 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def _read(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
         try:
-            values = strict_yaml.load_file(self.folder / name)  # which JSON is too
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name} is damaged: {error}") from error
-        return values if isinstance(values, dict) else {}
+            values = strict_yaml.load_file(file)  # which JSON is too
+        except (OSError, ValueError) as error:
+            self.faults.append(f"{file} is damaged: {one_line(error)}")
+            return {}
+        if not isinstance(values, dict):
+            if values is not None:
+                self.faults.append(f"{file} is damaged: it holds no fields")
+            return {}
+        wrong = _no_numbers(values) if name == RESULT_FILE else {}
+        self.faults.extend(f"{file} is damaged: {each} is {value!r}" for each, value in wrong.items())
+        return {each: value for each, value in values.items() if each not in wrong}
 
     def last(self, name: str) -> Any:
         """The last value of a name in the log; None if there is none."""
@@ -75,7 +94,17 @@ class Run:
         wanted = self.part("training").get("max_steps")
         if "steps" in self.result:
             return f"{self.result['steps']:,}"
-        return f"{self.last('step') or 0:,}/{wanted:,}" if wanted else "?"
+        return f"{self.last('step') or 0:,}/{wanted:,}" if wanted and type(wanted) is int else "?"
+
+
+def _no_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """What is no number of that which is shown as one; a loss may be NaN."""
+    return {
+        name: value
+        for name, value in values.items()
+        if (name in SHOWN and (type(value) not in (int, float) or not math.isfinite(value)))
+        or (name in LOSSES and type(value) not in (int, float))
+    }
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Run]:
@@ -110,7 +139,11 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
             _number(run.last("eval_loss")),
             _size(run.result.get("tokens_per_second") or run.last("tokens_per_second")),
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for run in runs:
+        for fault in run.faults:
+            console.print(shown(fault, "yellow"), soft_wrap=True)
 
 
 def print_differences(runs: Sequence[Run], console: Console | None = None) -> None:
