@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 import time
 
 import pytest
@@ -72,6 +73,8 @@ def bomb():
         ("[" * 200_000, "20 levels"),
         ("model: {type: !!python/name:os.system}", "tag"),
         ("model: {type: llama}\ntraining: {optim: {class_path: os.path, init_args: {}}}", "class_path"),
+        ("model: {type: llama, <<: {class_path: os.path}}", "merge.*line 1"),
+        ("model: {" + ", ".join(f"a{i}: 1" for i in range(60_000)) + "}", "model.type"),
         ("model: {type: llama}\0", "wrong.yaml is not YAML"),
         ("", "is not a recipe"),
         ("- model", "is not a recipe"),
@@ -100,6 +103,17 @@ def test_a_wrong_file_is_one_error_at_once(text, message, tmp_path):
         load_recipe(path)
     assert "\n" not in str(error.value)
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("value", ["imported_by_a_recipe.C", "{size: 2}"])
+def test_no_field_of_a_recipe_imports_a_module(value, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_by_a_recipe.py").write_text("C = 1")
+    with pytest.raises(ValueError, match=r"training\.parallelism_config"):
+        load_recipe(tiny_recipe(), [f"--training.parallelism_config={value}"])
+    with pytest.raises(ValueError, match=r"training\.parallelism_config"):
+        load_recipe(tiny_recipe(parallelism_config=value))
+    assert "imported_by_a_recipe" not in sys.modules
 
 
 def test_files_in_other_encodings(tmp_path, tiny_recipe):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+import enum
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from everlong.words import check_names, one_line
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 ELSEWHERE = "it has no effect here"
+PLAIN = (bool, int, float, str, type(None), dict, list, enum.Enum)
 # Arguments that would do something else than they say, and why.
 REFUSED = {
     "accelerator_config": "samples would be divided in another way than the recipe counts them",
@@ -52,6 +54,9 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     check_names(fields, valid, "training.")
     _check_refused(fields)
+    for name in fields:
+        if not _is_plain(hints[name]):  # jsonargparse would import the class that a text names
+            raise ValueError(f"training.{name} is an object, which no recipe can hold; leave it out")
     check_given(fields, hints, "training.")
     hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
     defaults = {
@@ -81,6 +86,15 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         raise ValueError(f"training: {one_line(error)}") from error
     _check_values(arguments)
     return arguments
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type is one of values that YAML can hold."""
+    if hint is Any or get_origin(hint) is Literal:
+        return True
+    if get_args(hint):  # a union, or a dict or list of something
+        return all(map(_is_plain, get_args(hint)))
+    return isinstance(hint, type) and issubclass(hint, PLAIN)
 
 
 def _check_refused(fields: dict[str, Any]) -> None:
