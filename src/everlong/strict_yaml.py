@@ -1,5 +1,6 @@
 """YAML that strangers may write: values alone, no alias (a few lines of them stand for gigabytes), no
-tag, no merge, no class to import, no name twice, no deep nesting. What is written here is read back as it was.
+tag, no merge, no class to import, no name twice, no deep nesting. What is written here is read back as
+it was.
 
 Besides YAML's own, 1e-4 is a number, and so are 4k and 1m: 4,096 and 1,048,576.
 """

@@ -15,6 +15,8 @@ from everlong.provenance import PROVENANCE_FILE
 from .recipe import Recipe
 
 MISSING = "nothing"
+# An optimizer cannot go on from what another one has saved.
+FIXED = ("training.optim", "training.optim_target_modules")
 # Fields that may change within a run; any other would make another run of it.
 FREE = ("training.", "evaluation.", "guards.", "data.cache_folder", "name", "output_dir")
 
@@ -47,7 +49,7 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
         name: f"{name} ({old.get(name, MISSING)!r} before, {new.get(name, MISSING)!r} now)"
         for name in changed
     }
-    fixed = [words[name] for name in changed if not name.startswith(FREE)]
+    fixed = [words[name] for name in changed if name in FIXED or not name.startswith(FREE)]
     if not fixed:
         fixed = _changed_files(before, now)
     if fixed:
