@@ -116,6 +116,45 @@ def test_no_field_of_a_recipe_imports_a_module(value, tiny_recipe, tmp_path, mon
     assert "imported_by_a_recipe" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("save_steps", 0),
+        ("logging_steps", -1),
+        ("eval_steps", 0),
+        ("save_total_limit", 0),
+        ("max_grad_norm", -1),
+        ("weight_decay", -0.1),
+        ("learning_rate", math.inf),
+        ("learning_rate", math.nan),
+        ("warmup_steps", -1),
+        ("max_steps", 99999999999999999999999),
+        ("max_steps", "4"),
+        ("use_cpu", "true"),
+    ],
+)
+def test_training_arguments_out_of_their_range(name, value, tiny_recipe):
+    with pytest.raises(ValueError, match=rf"^training\.{name}"):
+        load_recipe(tiny_recipe(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("data: {source: null}", "data.source"),
+        ("data: {length: '96'}", "data.length"),
+        ("evaluation: {held_out_samples: '4'}", "evaluation.held_out_samples"),
+        ("guards: {max_memory: '4'}", "guards.max_memory"),
+        ("seed: '4'", "seed"),
+    ],
+)
+def test_no_value_and_a_text_are_no_number_and_no_name(text, field, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"model: {{type: llama}}\n{text}")
+    with pytest.raises(ValueError, match=f"^{re.escape(field)} "):
+        load_recipe(path)
+
+
 def test_files_in_other_encodings(tmp_path, tiny_recipe):
     path = tiny_recipe()
     text = path.read_text()
