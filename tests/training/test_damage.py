@@ -221,3 +221,35 @@ def test_a_finished_run_refuses_changes_and_misses_its_model(tiny_recipe, tmp_pa
     resume(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert not (folder / "runs").exists()  # which a second writer of logs would make
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("checkpoint-4/files.json", "[]"),
+        ("checkpoint-4/files.json", "5"),
+        ("checkpoint-4/files.json", '{"optimizer.pt": "5"}'),
+        ("checkpoint-4/trainer_state.json", '{"global_step": "4"}'),
+        ("provenance.json", '{"recipe": "x"}'),
+        ("provenance.json", '{"recipe": {}}'),
+        ("provenance.json", "[]"),
+    ],
+)
+def test_a_record_of_another_shape_is_named(name, content, tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    file = folder / name
+    if file.name == "trainer_state.json":  # as long as it was
+        content += " " * (file.stat().st_size - len(content))
+    file.write_text(content)
+    assert file.name in error_of(folder, capsys)
+
+
+def test_lines_and_results_that_are_no_records_are_left_out(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    kept = read_metrics(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for line in ("5", '{"loss": 3}', '{"step": "x"}', '{"step": 4, "loss": null}', '{"step": 4}'):
+            file.write(line + "\n")
+    assert read_metrics(folder) == [*kept, {"step": 4}]
+    (folder / "result.json").write_text("[]")
+    assert resume(folder, ["--training.max_steps=5"])["steps"] == 5

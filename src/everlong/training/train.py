@@ -62,6 +62,7 @@ from .model import build_model
 from .processes import any_process, is_main, lost_processes, num_processes, together
 from .progress import METRICS_FILE, TrainingProgress
 from .recipe import Recipe, load_recipe
+from .records import read_record
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 from .tensorboard import Logs
@@ -157,7 +158,7 @@ def _ended(folder: Path, checkpoint: str | None, steps: int) -> dict[str, Any] |
     if not any(folder.glob("model*.safetensors")):
         return None
     try:
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        result = read_record(folder / RESULT_FILE)
     except (OSError, ValueError):
         return None
     reached = steps if checkpoint is None else step_of(checkpoint)
@@ -278,7 +279,7 @@ def _draw(folder: Path, progress: TrainingProgress) -> None:
     """Draw the losses; that they cannot be drawn stops nothing, and hides nothing that did."""
     try:
         plot_losses(folder / PICTURE_FILE, [Run(folder)])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a drawing library raises
         progress.bar.console.print(f"no picture of the losses: {error}", markup=False)
 
 
