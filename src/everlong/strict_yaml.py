@@ -1,5 +1,6 @@
 """YAML that strangers may write: values alone, no alias (a few lines of them stand for gigabytes), no
-tag, no class to import, no name twice, no deep nesting. What is written here is read back as it was.
+tag, no merge, no class to import, no name twice, no deep nesting. What is written here is read back as
+it was.
 
 Besides YAML's own, 1e-4 is a number, and so are 4k and 1m: 4,096 and 1,048,576.
 """
@@ -66,10 +67,15 @@ def _refused(what: str, mark: Any) -> yaml.YAMLError:
 def _loader() -> Any:
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for i, (key, _) in enumerate(node.value):
-                if key.value in names[:i]:
+            names = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # which no dict can have as a name
+                if key.value in names:
                     raise _refused(f"the name {key.value!r} twice", key.start_mark)
+                names.add(key.value)
+                if key.tag == f"{TAG}merge":  # what it brings in would not be looked at
+                    raise _refused("a merge (<<): write the fields out", key.start_mark)
                 if key.value == "class_path":  # which jsonargparse would import
                     raise _refused("a class_path: no field of a recipe is a class", key.start_mark)
             return super().construct_mapping(node, deep)

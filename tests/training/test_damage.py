@@ -154,3 +154,102 @@ def test_a_changed_tokenizer_is_named(task, tiny_recipe, text_folder, tmp_path, 
     error = error_of(folder, capsys)
     assert f"this changed: the tokenizer that data.tokenizer names ({bpe})" in error
     assert "data.source" not in error
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "learning_rate=-1",
+        "lr_scheduler_kwargs={foo: 1}",
+        "lr_scheduler_kwargs=foo",
+        "optim=lomo",
+        "report_to=wandb",
+        "lr_scheduler_type=warmup_stable_decay",
+    ],
+)
+def test_what_training_cannot_use_leaves_the_folder_as_it_was(option, tiny_recipe, tmp_path, capsys):
+    folder, path = tmp_path / "run", tiny_recipe()
+    options = ["--output_dir", str(folder), f"--training.{option}"]
+    assert main(["train", str(path), *options]) == 2
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("{}")
+    (folder / "provenance.json").write_text("{}")
+    before = contents(folder)
+    capsys.readouterr()
+    assert main(["train", str(path), *options, "--overwrite"]) == 2
+    assert contents(folder) == before
+    error = capsys.readouterr().err
+    assert "training" in error
+    assert "Traceback" not in error
+
+
+def test_a_model_for_which_there_is_no_room(tiny_recipe, tmp_path, capsys):
+    options = ["--output_dir", str(tmp_path / "run"), "--model.intermediate_size=1000000000000000"]
+    assert main(["train", str(tiny_recipe()), *options]) == 2
+    assert "model: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_cannot_be_resumed_with_are_not_kept(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    recipe = (folder / "recipe.yaml").read_bytes()
+    assert "learning_rate" in error_of(folder, capsys, "--training.learning_rate=-1")
+    assert "training.optim " in error_of(folder, capsys, "--training.optim=sgd")
+    optimizer = folder / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(bytes(optimizer.stat().st_size))
+    assert "checkpoint-4 is damaged" in error_of(folder, capsys, "--training.learning_rate=1e-5")
+    assert (folder / "recipe.yaml").read_bytes() == recipe
+
+
+def test_a_finished_run_refuses_changes_and_misses_its_model(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    for option, told in {
+        "--seed=5": "seed (0 before, 5 now)",
+        "--model.hidden_size=64": "model.hidden_size (",
+        "--evaluation.tasks=[needle]": "evaluation.tasks (",
+    }.items():
+        capsys.readouterr()
+        assert main(["train", "--resume", str(folder), option]) == 2
+        assert told in capsys.readouterr().err
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    resume(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not (folder / "runs").exists()  # which a second writer of logs would make
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("checkpoint-4/files.json", "[]"),
+        ("checkpoint-4/files.json", "5"),
+        ("checkpoint-4/files.json", '{"optimizer.pt": "5"}'),
+        ("checkpoint-4/trainer_state.json", '{"global_step": "4"}'),
+        ("provenance.json", '{"recipe": "x"}'),
+        ("provenance.json", '{"recipe": {}}'),
+        ("provenance.json", "[]"),
+    ],
+)
+def test_a_record_of_another_shape_is_named(name, content, tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    file = folder / name
+    if file.name == "trainer_state.json":  # as long as it was
+        content += " " * (file.stat().st_size - len(content))
+    file.write_text(content)
+    assert file.name in error_of(folder, capsys)
+
+
+def test_lines_and_results_that_are_no_records_are_left_out(tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    kept = read_metrics(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for line in ("5", '{"loss": 3}', '{"step": "x"}', '{"step": 4, "loss": null}', '{"step": 4}'):
+            file.write(line + "\n")
+    assert read_metrics(folder) == [*kept, {"step": 4}]
+    (folder / "result.json").write_text("[]")
+    assert resume(folder, ["--training.max_steps=5"])["steps"] == 5

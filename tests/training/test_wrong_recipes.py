@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 import time
 
 import pytest
@@ -72,6 +73,7 @@ def bomb():
         ("[" * 200_000, "20 levels"),
         ("model: {type: !!python/name:os.system}", "tag"),
         ("model: {type: llama}\ntraining: {optim: {class_path: os.path, init_args: {}}}", "class_path"),
+        ("model: {type: llama, <<: {class_path: os.path}}", "merge.*line 1"),
         ("model: {type: llama}\0", "wrong.yaml is not YAML"),
         ("", "is not a recipe"),
         ("- model", "is not a recipe"),
@@ -100,6 +102,62 @@ def test_a_wrong_file_is_one_error_at_once(text, message, tmp_path):
         load_recipe(path)
     assert "\n" not in str(error.value)
     assert time.perf_counter() - started < 5
+
+
+def test_many_names_take_no_longer_each():
+    started = time.perf_counter()
+    assert len(strict_yaml.load("\n".join(f"a{i}: 1" for i in range(60_000)))) == 60_000
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("value", ["imported_by_a_recipe.C", "{size: 2}"])
+def test_no_field_of_a_recipe_imports_a_module(value, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_by_a_recipe.py").write_text("C = 1")
+    with pytest.raises(ValueError, match=r"training\.parallelism_config"):
+        load_recipe(tiny_recipe(), [f"--training.parallelism_config={value}"])
+    with pytest.raises(ValueError, match=r"training\.parallelism_config"):
+        load_recipe(tiny_recipe(parallelism_config=value))
+    assert "imported_by_a_recipe" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("save_steps", 0),
+        ("logging_steps", -1),
+        ("eval_steps", 0),
+        ("save_total_limit", 0),
+        ("max_grad_norm", -1),
+        ("weight_decay", -0.1),
+        ("learning_rate", math.inf),
+        ("learning_rate", math.nan),
+        ("warmup_steps", -1),
+        ("max_steps", 99999999999999999999999),
+        ("max_steps", "4"),
+        ("use_cpu", "true"),
+    ],
+)
+def test_training_arguments_out_of_their_range(name, value, tiny_recipe):
+    with pytest.raises(ValueError, match=rf"^training\.{name}"):
+        load_recipe(tiny_recipe(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("data: {source: null}", "data.source"),
+        ("data: {length: '96'}", "data.length"),
+        ("evaluation: {held_out_samples: '4'}", "evaluation.held_out_samples"),
+        ("guards: {max_memory: '4'}", "guards.max_memory"),
+        ("seed: '4'", "seed"),
+    ],
+)
+def test_no_value_and_a_text_are_no_number_and_no_name(text, field, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"model: {{type: llama}}\n{text}")
+    with pytest.raises(ValueError, match=f"^{re.escape(field)} "):
+        load_recipe(path)
 
 
 def test_files_in_other_encodings(tmp_path, tiny_recipe):

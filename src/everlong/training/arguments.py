@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+import enum
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from everlong.words import check_names, one_line
 
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 ELSEWHERE = "it has no effect here"
+PLAIN = (bool, int, float, str, type(None), dict, list, enum.Enum)
+MOST_STEPS = 10**12  # beyond, their samples could not be counted
+# The least value of an argument, and whether it may be that. None of them is infinite.
+LEAST = {
+    "adam_epsilon": (0, True),
+    "dataloader_num_workers": (0, True),
+    "eval_delay": (0, True),
+    "eval_steps": (0, False),
+    "gradient_accumulation_steps": (1, True),
+    "learning_rate": (0, True),
+    "logging_steps": (0, False),
+    "max_grad_norm": (0, True),
+    "per_device_eval_batch_size": (1, True),
+    "per_device_train_batch_size": (1, True),
+    "save_steps": (0, False),
+    "save_total_limit": (1, True),
+    "warmup_steps": (0, True),
+    "weight_decay": (0, True),
+}
 # Arguments that would do something else than they say, and why.
 REFUSED = {
     "accelerator_config": "samples would be divided in another way than the recipe counts them",
@@ -42,18 +63,29 @@ REFUSED = {
 }
 
 
+def argument_types() -> dict[str, Any]:
+    """The types of the `training` part's fields."""
+    from transformers import TrainingArguments
+
+    # fsdp is a flag, for which transformers still takes its old words.
+    return {**get_type_hints(TrainingArguments), "fsdp": bool | str | None}
+
+
 def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's `training` part as transformers knows it, over everlong's own defaults."""
     import torch
     from transformers import TrainingArguments
 
     fields = recipe.training
-    hints = get_type_hints(TrainingArguments)
+    hints = argument_types()
     valid = {each.name for each in dataclasses.fields(TrainingArguments) if each.init}
     check_names(fields, valid, "training.")
     _check_refused(fields)
+    for name in fields:
+        if not _is_plain(hints[name]):  # jsonargparse would import the class that a text names
+            raise ValueError(f"training.{name} is an object, which no recipe can hold; leave it out")
     check_given(fields, hints, "training.")
-    hints["fsdp"] = bool | str | None  # a flag, for which transformers still takes its old words
+    _check_ranges(fields)
     defaults = {
         **launch_defaults(recipe.model, fields),
         "disable_tqdm": True,
@@ -83,6 +115,15 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def _is_plain(hint: Any) -> bool:
+    """Whether a type is one of values that YAML can hold."""
+    if hint is Any or get_origin(hint) is Literal:
+        return True
+    if get_args(hint):  # a union, or a dict or list of something
+        return all(map(_is_plain, get_args(hint)))
+    return isinstance(hint, type) and issubclass(hint, PLAIN)
+
+
 def _check_refused(fields: dict[str, Any]) -> None:
     for name, reason in REFUSED.items():
         if name in fields:
@@ -100,16 +141,32 @@ def _check_values(arguments: TrainingArguments) -> None:
             "training.max_steps must be given and positive: samples are made as training goes, "
             f"there are no epochs of them; got {arguments.max_steps}"
         )
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"training.{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.max_steps > MOST_STEPS:
+        raise ValueError(f"training.max_steps must be at most {MOST_STEPS:,}")
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    for name, (least, itself) in LEAST.items():
+        value = values.get(name)
+        if not isinstance(value, (int, float)):  # jsonargparse says what it must be
+            continue
+        if not (least < value < math.inf or (itself and value == least)):  # NaN is not either
+            words = "at least" if itself else "more than"
+            raise ValueError(f"training.{name} must be {words} {least}, got {value}: give a finite one")
 
 
 def check_given(values: dict[str, Any], types: dict[str, Any], prefix: str) -> None:
-    """Refuse None where the type has none: jsonargparse takes it for any type."""
+    """Refuse None where the type has none, and a text where it has none: jsonargparse takes the first
+    for any type, or for the text null, and reads numbers in the second."""
     for name, value in values.items():
-        if value is None and type(None) not in get_args(types[name]):
+        if name not in types:  # which is said elsewhere
+            continue
+        kinds = {get_origin(each) or each for each in get_args(types[name]) or (types[name],)}
+        if value is None and kinds.isdisjoint((type(None), Any)):
             raise ValueError(f"{prefix}{name} has no value: give one, or leave it out for its default")
+        if isinstance(value, str) and kinds <= {bool, int, float, type(None)}:
+            wanted = " or ".join(sorted(each.__name__ for each in kinds - {type(None)}))
+            raise ValueError(f"{prefix}{name} must be {wanted}, got the text {value!r}: no quotes")
 
 
 def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:

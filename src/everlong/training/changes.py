@@ -13,8 +13,11 @@ from everlong.data.tokenizer import BYTES
 from everlong.provenance import PROVENANCE_FILE
 
 from .recipe import Recipe
+from .records import read_record
 
 MISSING = "nothing"
+# An optimizer cannot go on from what another one has saved.
+FIXED = ("training.optim", "training.optim_target_modules")
 # Fields that may change within a run; any other would make another run of it.
 FREE = ("training.", "evaluation.", "guards.", "data.cache_folder", "name", "output_dir")
 
@@ -38,16 +41,16 @@ def check_changes(folder: str | Path, now: dict[str, Any]) -> list[str]:
     Raises ValueError where one of them must not: a model, its data or its batches.
     """
     file = Path(folder, PROVENANCE_FILE)
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "recipe" not in before:  # nothing is known of it
+    if not file.is_file() or "recipe" not in read_record(file):  # nothing is known of it
         return []
+    before = read_record(file, recipe=dict, samples_per_step=int, processes=int)
     old, new = flat_fields(before["recipe"]), flat_fields(now["recipe"])
     changed = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
     words = {
         name: f"{name} ({old.get(name, MISSING)!r} before, {new.get(name, MISSING)!r} now)"
         for name in changed
     }
-    fixed = [words[name] for name in changed if not name.startswith(FREE)]
+    fixed = [words[name] for name in changed if name in FIXED or not name.startswith(FREE)]
     if not fixed:
         fixed = _changed_files(before, now)
     if fixed:

@@ -13,6 +13,8 @@ from transformers.trainer_utils import sort_checkpoints
 from everlong.files import write_file
 from everlong.words import one_line
 
+from .records import read_record
+
 FILES = "files.json"  # in a checkpoint: the bytes of each of its files
 PARTS = ("optimizer", "scheduler", "rng_state")  # what another run would begin anew
 
@@ -49,15 +51,21 @@ def damage(checkpoint: str | Path) -> str | None:
         lacking = [part for part in PARTS if not any(name.startswith(part) for name in names)]
         return f"has no {lacking[0]}" if lacking else None
     try:
-        sizes = json.loads(noted.read_text(encoding="utf-8"))
+        sizes = read_record(noted)
     except ValueError:
         return f"has a {FILES} that is cut short"
     for name, size in sizes.items():
+        if type(size) is not int:
+            return f"has a {FILES} that is damaged"
         file = Path(checkpoint, name)
         if not file.is_file():
             return f"has no {name}"
         if file.stat().st_size < size:
             return f"has a {name} that is cut short ({file.stat().st_size:,} bytes of {size:,})"
+    try:
+        read_record(Path(checkpoint, TRAINER_STATE_NAME), global_step=int, num_input_tokens_seen=int)
+    except ValueError:
+        return f"has a {TRAINER_STATE_NAME} that is damaged"
     return None
 
 

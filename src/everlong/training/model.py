@@ -61,7 +61,11 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     from everlong.models.stateful import cast_parameters
 
     if "path" not in recipe.model:
-        return AutoModelForCausalLM.from_config(build_model_config(recipe))
+        config = build_model_config(recipe)
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # of several kinds; no room for its weights is a RuntimeError
+            raise ValueError(f"model: it cannot be built: {one_line(error)}") from error
     fields = {**recipe.model}
     path, kind = fields.pop("path"), fields.pop("type", None)
     try:

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from everlong.files import append_line, read_lines, write_file
 
 METRICS_FILE = "metrics.jsonl"
+NUMBERS = ("loss", "eval_loss", "seconds", "tokens", "tokens_per_second")  # which are read back
 
 
 class TrainingProgress(TrainerCallback):
@@ -92,7 +93,7 @@ class TrainingProgress(TrainerCallback):
         kept = [line for line in logged if line["step"] <= state.global_step]
         if self.shown:
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._seconds_before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self.last_loss = next((line["loss"] for line in reversed(kept) if "loss" in line), None)
         self._started = time.perf_counter()
         self._last = (self.seconds, state.num_input_tokens_seen)
@@ -164,5 +165,11 @@ class TrainingProgress(TrainerCallback):
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a run folder's metrics.jsonl; none if it is not there. A killed run may have left
-    half a line, which is left out."""
-    return read_lines(Path(folder, METRICS_FILE))
+    half a line, which is left out, as is any line that is no record of a step."""
+    return [line for line in read_lines(Path(folder, METRICS_FILE)) if _is_record(line)]
+
+
+def _is_record(line: Any) -> bool:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    return all(type(line[name]) in (int, float) for name in NUMBERS if name in line)

@@ -29,7 +29,7 @@ from everlong.files import write_file
 from everlong.provenance import RECIPE_FILE
 from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
-from .arguments import build_training_arguments, check_given
+from .arguments import argument_types, build_training_arguments, check_given
 from .fit import check_fit
 from .model import WRAPPED, build_model_config
 
@@ -208,9 +208,11 @@ def _check_file_names(path: Path) -> type[DataConfig]:
     task = data.get("task", "needle")
     if not isinstance(task, str) or task not in TASKS:
         raise ValueError(_unknown("data.task", task, TASKS))
-    check_names(data, _names(TASKS[task]), "data.")
-    for part, kind in _PARTS.items():
+    for part, kind in {"data": TASKS[task], **_PARTS}.items():
         check_names(values.get(part, {}), _names(kind), f"{part}.")
+        check_given(values.get(part, {}), get_type_hints(kind), f"{part}.")
+    check_given(values, get_type_hints(Recipe), "")
+    check_given(values.get("training", {}), argument_types(), "training.")
     if "model" not in values:
         raise ValueError(f"{path} has no model: add `model:` with a `type:` and its fields")
     return TASKS[task]

@@ -30,6 +30,10 @@ class LossyFile:
     def flush(self) -> None:
         """Nothing is kept back."""
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stay open: held-out text may be evaluated yet, for which the parent would open logs anew,
+        in a folder of its own."""
+
     def close(self) -> None:
         """Close it."""
         if self.file is not None:
@@ -59,6 +63,10 @@ class Logs(TensorBoardCallback):
 
         register_writer_factory(SCHEME, LossyFiles())
         super().__init__(SummaryWriter(f"{SCHEME}:{folder}", purge_step=first_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stay open: held-out text may be evaluated yet, for which the parent would open logs anew,
+        in a folder of its own."""
 
     def close(self) -> None:
         """End the logs, whatever has ended the run."""

@@ -51,6 +51,7 @@ from everlong.files import (
     writing,
 )
 from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE, is_run, provenance
+from everlong.words import one_line
 
 from .arguments import build_training_arguments
 from .carry import MemoryTrainer
@@ -58,9 +59,10 @@ from .changes import check_changes, identity
 from .checkpoint import check_whole, describe_last, last_checkpoint, reading, seal, step_of
 from .guards import Watch
 from .model import build_model
-from .processes import any_process, is_main, lost_processes, together
+from .processes import any_process, is_main, lost_processes, num_processes, together
 from .progress import METRICS_FILE, TrainingProgress
 from .recipe import Recipe, load_recipe
+from .records import read_record
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 from .tensorboard import Logs
@@ -112,6 +114,8 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
         result = _ended(folder, checkpoint, steps)
         if result is not None:
+            if overrides:
+                _check_unchanged(recipe, folder)
             if is_main():
                 text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
                 Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
@@ -126,6 +130,19 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
+def _check_unchanged(recipe: Recipe, folder: Path) -> None:
+    """Refuse changes to a run that has ended, which would change nothing."""
+    samples = _samples_per_step(build_training_arguments(recipe))
+    about = identity(replace(recipe, output_dir=str(folder)), samples, num_processes())
+    # The folder may have been moved.
+    found = [each for each in check_changes(folder, about) if not each.startswith("output_dir ")]
+    if found:
+        raise ValueError(
+            f"{folder} is finished, nothing can be changed: {'; '.join(found)}. Give more of "
+            "--training.max_steps too, or leave that out; everlong eval scores what is trained"
+        )
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep all but the processes of this run out of its folder; the main one holds it for them."""
@@ -137,9 +154,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _ended(folder: Path, checkpoint: str | None, steps: int) -> dict[str, Any] | None:
-    """The result of a run that has ended after so many steps; None of any other."""
+    """The result of a run that has ended after so many steps, with its model; None of any other."""
+    if not any(folder.glob("model*.safetensors")):
+        return None
     try:
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        result = read_record(folder / RESULT_FILE)
     except (OSError, ValueError):
         return None
     reached = steps if checkpoint is None else step_of(checkpoint)
@@ -180,42 +199,62 @@ def _set_up(
         train_data, test_data = _datasets(recipe, arguments)
         about = identity(recipe, _samples_per_step(arguments), arguments.world_size)
         changes = check_changes(folder, about) if checkpoint else []
-        set_seed(recipe.seed)
-        model = build_model(recipe)
+        trainer = _trainer(recipe, arguments, train_data, test_data)
     with together():
-        if is_main():
-            _prepare_folder(recipe, about, emptied=emptied)
+        if is_main() and emptied:
+            _prepare_folder(recipe, about)
     with together():
         if not (folder / RECIPE_FILE).is_file():
             raise ValueError(
                 f"{folder} is not where the main process has made it: give an output_dir on a file "
                 "system that all machines share"
             )
+    if is_main():
+        first = step_of(checkpoint) + 1 if checkpoint else 0
+        trainer.logs = Logs(folder / "tensorboard", first)
+        trainer.add_callback(trainer.logs)
+    if not emptied:  # what a recipe was changed to holds once the run goes on with it
+        trainer.add_callback(_Rewrite(recipe, about))
+    return trainer, changes
 
+
+def _trainer(
+    recipe: Recipe, arguments: TrainingArguments, train_data: Any, test_data: Any
+) -> EverlongTrainer:
+    """The trainer of a recipe, with its model, optimizer and schedule; nothing is written."""
+    folder = recipe.run_folder
+    set_seed(recipe.seed)
+    model = build_model(recipe)
     held_out = Subset(test_data, range(min(recipe.evaluation.held_out_samples, len(test_data))))
     tokenizer = recipe.data.build_tokenizer()
     size = _bytes_per_label(held_out) if gives_back(tokenizer) else None
     progress = TrainingProgress(folder, recipe.data.length_at, size, shown=is_main())
     watch = Watch(recipe.guards, progress)
-    trainer = EverlongTrainer(
-        watch=watch,
-        model=model,
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        data_collator=_collate,
-        processing_class=tokenizer,
-        callbacks=[progress, watch],
-    )
-    if is_main():
-        first = step_of(checkpoint) + 1 if checkpoint else 0
-        trainer.logs = Logs(folder / "tensorboard", first)
-        trainer.add_callback(trainer.logs)
+    try:
+        trainer = EverlongTrainer(
+            watch=watch,
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=held_out,
+            data_collator=_collate,
+            processing_class=tokenizer,
+            callbacks=[progress, watch],
+        )
+        trainer.create_optimizer()
+        # On a parameter of no use: a schedule leaves its first learning rate in an optimizer.
+        trial = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+        trainer.create_scheduler(arguments.max_steps, trial)
+    except Exception as error:  # libraries raise a dozen kinds, all of them about the fields
+        raise ValueError(f"the recipe's training part cannot be used: {one_line(error)}") from error
+    trainer.lr_scheduler = None
+    if trainer.is_fsdp_enabled:  # it makes one of the parameters that it has sharded
+        trainer.optimizer = None
     for shown_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown_twice)
     if getattr(recipe.data, "layout", None) == "streams":
         trainer.carry_memory()
-    return trainer, changes
+    return trainer
 
 
 def _fit(trainer: EverlongTrainer, checkpoint: str | None, interrupt: _Interrupt) -> float:
@@ -240,19 +279,24 @@ def _draw(folder: Path, progress: TrainingProgress) -> None:
     """Draw the losses; that they cannot be drawn stops nothing, and hides nothing that did."""
     try:
         plot_losses(folder / PICTURE_FILE, [Run(folder)])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a drawing library raises
         progress.bar.console.print(f"no picture of the losses: {error}", markup=False)
 
 
-def _prepare_folder(recipe: Recipe, about: dict[str, Any], *, emptied: bool) -> None:
+def _prepare_folder(recipe: Recipe, about: dict[str, Any]) -> None:
+    """An empty run folder, but for what the run is."""
     folder = recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    if emptied:
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    _write_recipe(recipe, about)
+
+
+def _write_recipe(recipe: Recipe, about: dict[str, Any]) -> None:
+    folder = recipe.run_folder
     with whole_files(folder, str(folder)) as aside:
         values = {"seed": recipe.seed, **provenance(), **about}
         (aside / PROVENANCE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -440,6 +484,18 @@ class EverlongTrainer(MemoryTrainer):
 
 def _interrupted(folder: Path) -> str:
     return f"stopped; {describe_last(folder)}. Continue with: everlong train --resume {folder}"
+
+
+class _Rewrite(TrainerCallback):
+    """Writes the recipe of a resumed run when its state is loaded, and not if it cannot be."""
+
+    def __init__(self, recipe: Recipe, about: dict[str, Any]) -> None:
+        self.recipe, self.about = recipe, about
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with together():
+            if is_main():
+                _write_recipe(self.recipe, self.about)
 
 
 class _Interrupt(TrainerCallback):
