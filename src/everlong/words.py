@@ -22,7 +22,8 @@ def check_names(given: Iterable[Any], valid: Collection[str], prefix: str = "") 
     """Raise ValueError for a name that is not valid, naming the nearest one that is."""
     for name in given:
         if name not in valid:
-            raise ValueError(f"unknown field {prefix}{name}{nearest(name, valid, prefix)}")
+            shown_name = one_line(plain(name)) or repr(name)
+            raise ValueError(f"unknown field {prefix}{shown_name}{nearest(name, valid, prefix)}")
 
 
 def nearest(name: Any, valid: Collection[str], prefix: str = "") -> str:

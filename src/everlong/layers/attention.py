@@ -43,7 +43,7 @@ class AttentionState(State):
     position: PerRow
     prefix: Prefix | None
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         check_tensor("keys", self.keys, (None,) * 4)
         batch, heads, _, size = self.keys.shape

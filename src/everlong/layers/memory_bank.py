@@ -148,7 +148,7 @@ class PositionState(State):
     seen: AttentionState
     pooled: Tensor | None
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         check_kind("seen", self.seen, AttentionState)
         self.seen.check()

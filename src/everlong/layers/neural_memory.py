@@ -220,7 +220,10 @@ class NeuralMemory(Layer):
             report = trace_neural_memory(k, v, gates, state=state, scale=scale, lengths=lengths)
         strength = gates.theta * (self.chunk_size / self.max_learning_rate)
         return MemoryOutput(
-            self._out(y, self.gates_of(x)), replace(after, conv_tail=tail), strength, report
+            self._out(y, self.gates_of(x)),
+            replace(after, conv_tail=tail).known_right(),
+            strength,
+            report,
         )
 
     def read(self, q: Tensor, gate: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -135,7 +135,9 @@ class MemoryCache(Cache):
         if self.get_seq_length() > tokens and tokens < TAIL:
             known = before is not None and ids is not None and len(before) == len(ids)
             ids = torch.cat([before, ids], 1) if known else None  # type: ignore[list-item]
-        self.tail = None if ids is None else ids[:, -TAIL:].clone()
+        self.tail = None if ids is None else ids[:, -TAIL:]
+        if self.tail is not None and tokens > TAIL:  # or a few would hold the memory of all
+            self.tail = self.tail.clone()
 
     @property
     def batch_size(self) -> int:

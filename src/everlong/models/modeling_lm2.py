@@ -66,7 +66,7 @@ class LM2State(State):
     rows: PositionState | None
     bank: Tensor | None
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         self.check_part("attention", AttentionState)
         self.attention.check_slots(self.attention.position)

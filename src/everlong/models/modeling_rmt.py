@@ -54,7 +54,7 @@ class RMTState(State):
     layers: tuple[AttentionState, ...]
     memory: Tensor
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         check_tuple("layers", self.layers)
         for layer in self.layers:

@@ -43,7 +43,7 @@ class MemoryAndAttentionState(State):
     memory: NeuralMemoryState
     attention: AttentionState
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         self.check_part("memory", NeuralMemoryState)
         self.check_part("attention", AttentionState)
@@ -64,7 +64,7 @@ class MACState(State):
     weights: tuple[Tensor, ...]
     read_tail: Tensor | None
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other."""
         self.check_part("memory", NeuralMemoryState)
         self.check_part("attention", AttentionState)

@@ -77,7 +77,7 @@ class NeuralMemoryState(State):
             position=0,
         )
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit each other; weights and C say how."""
         check_tuple("weights", self.weights)
         for i, weight in enumerate(self.weights):

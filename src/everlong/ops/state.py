@@ -120,6 +120,19 @@ class State:
         """Raise ValueError where the fields do not fit each other. Nothing else is read before it: a
         state may come from a file, and a kernel believes what it is given.
         """
+        if torch.compiler.is_compiling() or "is_right" not in vars(self):
+            self.check_fields()
+            self.known_right()
+
+    def known_right(self: Own) -> Own:
+        """This state, which was made of what had been checked, or is checked now: once is enough, as a
+        state does not change."""
+        if not torch.compiler.is_compiling():
+            vars(self)["is_right"] = True
+        return self
+
+    def check_fields(self) -> None:
+        """What `check` does."""
         raise NotImplementedError
 
     def check_part(self, name: str, kind: type["State"]) -> None:
