@@ -107,7 +107,7 @@ class AttentionState(State):
             index = (end[:, None] - kept + torch.arange(kept, device="cpu")).clamp(min=0)
             index = index.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
             keys, values = k.gather(2, index), v.gather(2, index)
-        return replace(self, keys=keys, values=values, position=position)
+        return replace(self, keys=keys, values=values, position=position).known_right()
 
     @classmethod
     def join(cls, states: Sequence["AttentionState"]) -> "AttentionState":

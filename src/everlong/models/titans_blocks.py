@@ -237,7 +237,7 @@ class MAG(MemoryBlock):
             self.attention_norm.unkept(seen) as seen,
         ):
             y = sigmoid_gate(gate, seen)
-        state = MemoryAndAttentionState(out.state, attention)
+        state = MemoryAndAttentionState(out.state, attention).known_right()
         return BlockOutput(y, state, out.strength, out.trace)
 
 
@@ -261,7 +261,7 @@ class MAL(MemoryBlock):
         """See the class."""
         out = self.memory.read_write(x, state.memory, lengths, trace)
         y, attention = self.attention(self.memory_norm(out.y), state.attention, lengths)
-        state = MemoryAndAttentionState(out.state, attention)
+        state = MemoryAndAttentionState(out.state, attention).known_right()
         return BlockOutput(y, state, out.strength, out.trace)
 
 
@@ -308,7 +308,7 @@ class MAC(MemoryBlock):
                 outputs.append(self._read_segment(piece, state, count, trace))
                 state = outputs[-1].state
         whole = join_pieces(outputs, cuts.join)
-        return whole._replace(state=replace(whole.state, read_tail=tail))
+        return whole._replace(state=replace(whole.state, read_tail=tail).known_right())
 
     def _check_state(self, state: Any) -> None:
         super()._check_state(state)
