@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from everlong import strict_yaml
+from everlong.files import read_lines
 from everlong.pictures import LINE, log_if_wide, look, new_figure, save_figure, short_name
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
 from everlong.words import one_line, shown
@@ -46,12 +47,9 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Its log."""
-        lines = read_metrics(self.folder)
-        whole = [line for line in lines if isinstance(line, dict) and not _no_numbers(line)]
-        whole = [line for line in whole if "step" in line]
-        if len(whole) < len(lines):
-            file = self.folder / METRICS_FILE
-            self.faults.append(f"{file}: {len(lines) - len(whole)} lines are no log")
+        file, whole = self.folder / METRICS_FILE, read_metrics(self.folder)
+        if left_out := len(read_lines(file)) - len(whole):
+            self.faults.append(f"{file}: {left_out} lines are no log")
         return whole
 
     @cached_property
