@@ -243,3 +243,26 @@ def test_a_cache_without_layers_says_so():
     assert "empty" in repr(cache)
     with pytest.raises(ValueError, match="state for each layer"):
         cache.check_states()
+
+
+def test_a_checked_state_is_checked_again_before_a_kernel():
+    """Its tensors may have been given other data."""
+    subject = SUBJECTS[0]
+    state = right(subject, False)[1].map(lambda x: x.clone())
+    read(subject, state, None)
+    state.momentum[0].data = torch.zeros(1, 1, 1, 1, dtype=state.dtype)
+    with pytest.raises(ValueError, match=r"momentum\.0"):
+        read(subject, state, None)
+
+
+def test_rows_and_parts_that_do_not_fit_are_refused():
+    _, state = right(SUBJECTS[0], False)
+    for rows in ([0.9, 1.0], [True, False], [[0, 1]], torch.tensor([1 + 0j])):
+        with pytest.raises(ValueError, match="rows must be"):
+            state.select(rows)
+    other = replace(state, momentum=None, log_eta=None)
+    for states in ([state, other], [other, state]):
+        with pytest.raises(ValueError, match="cannot be joined"):
+            type(state).join(states)
+    with pytest.raises(ValueError, match="position"):
+        replace(state, position=-1).current()

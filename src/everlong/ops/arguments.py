@@ -68,7 +68,7 @@ def check_lengths(lengths: Tensor | None, batch: int, tokens: int) -> None:
         or lengths.dtype not in INTEGERS
         or lengths.device.type != "cpu"
         or lengths.shape != (batch,)
-        or bool(((lengths < 0) | (lengths > tokens)).any())
+        or bool(((lengths.long() < 0) | (lengths.long() > tokens)).any())
     ):
         raise ValueError(
             f"lengths must be a tensor of integers on the CPU, [B] = [{batch}], in 0 ... {tokens}, got "

@@ -137,6 +137,7 @@ class NeuralMemoryState(State):
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         """M_t and S_t after the last token read, the open chunk's tokens included."""
+        self.check()
         if isinstance(self.position, int) and not self.position:
             return self.weights, self.momentum
         with torch.autocast(self.device.type, enabled=False):

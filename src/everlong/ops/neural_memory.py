@@ -357,7 +357,7 @@ def check_inputs(
     lengths: Tensor | None,
 ) -> None:
     """Refuse what does not fit, before any work."""
-    state.check()
+    state.check_fields()  # each time: a tensor's data may have been changed since `check`
     layers = len(state.weights)
     if k.shape != q.shape or v.shape != q.shape:
         raise ValueError(

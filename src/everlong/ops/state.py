@@ -6,13 +6,15 @@ CPU when they do not, so that no step waits for a device to learn where it stand
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -192,9 +194,12 @@ class State:
 
     def select(self: Own, rows: Tensor | Sequence[int]) -> Own:
         """The rows with these indices, in this order (repeats allowed)."""
-        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+        index = torch.as_tensor(rows, device="cpu")
+        if index.dtype == torch.bool:
             raise ValueError("rows must be indices, got booleans: use rows.nonzero().squeeze(1)")
-        index = torch.as_tensor(rows, dtype=torch.long, device="cpu").cpu()
+        if index.dim() != 1 or (index.numel() and index.dtype not in INTEGERS):
+            raise ValueError(f"rows must be a row of integers, got {index.dtype} {list(index.shape)}")
+        index = index.long()
         batch = self.batch_size
         if index.numel() and not -batch <= index.min() <= index.max() < batch:
             raise ValueError(
@@ -327,6 +332,8 @@ def choose_number(rows: Tensor, left: PerRow, right: PerRow) -> PerRow:
 
 def _join(values: list[Any]) -> Any:
     first = values[0]
+    if any((value is None) != (first is None) for value in values):
+        raise ValueError(f"states with and without a part cannot be joined: {ANOTHER}")
     if isinstance(first, Tensor):
         return torch.cat(values)
     if isinstance(first, tuple):
@@ -356,7 +363,7 @@ def save_states(states: Any, path: str | Path) -> None:
     path = Path(os.path.realpath(path))  # a link stays one
     if path.exists() and not path.is_file():
         raise OSError(f"cannot save to {path}: it is no file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.unfinished")
     try:
         save_file(tensors, aside, metadata={"format": FORMAT, "tree": json.dumps(tree)})
         os.replace(aside, path)
@@ -374,11 +381,11 @@ def load_states(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no memory state at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies: what is read is mapped to the file, which may be changed or cut later.
-            named = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
+        data = Path(path).read_bytes()  # not mapped: a file may be changed or cut at any time
+        named = load_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+    except (SafetensorError, OSError, TypeError, ValueError, MemoryError, OverflowError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): it is damaged, cut short or "
             "something else; save the state again with state.save(path)"
