@@ -113,7 +113,7 @@ def test_a_llama_of_as_many_parameters(suite):
 
 
 def take(mebibytes):
-    """Use so much memory and give it back: the system's own, as the heap may have some left to reuse."""
+    """Use so much memory and give it back: the system's own, as the heap may have some left."""
     with mmap.mmap(-1, mebibytes * 2**20) as held:
         for page in range(0, len(held), mmap.PAGESIZE):
             held[page] = 1
