@@ -307,10 +307,13 @@ def _extend(
     momentum = None if state.momentum is None else flat(state.momentum)
     inner = InnerGradient(k, v, weights, scale)
     state = state.insert(unflat(inner.inputs), unflat(inner.errors), gates, start, count)
-    chunk = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)))
+    slots = state.chunk_size
+    if not isinstance(state.position, Tensor) and not torch.compiler.is_compiling():
+        slots = state.position  # no token sees the empty ones
+    chunk = chunk_coefficients(state.gates.map(lambda gate: gate.movedim(2, 0)[..., :slots]))
     read = _slot_rows(chunk, start, q.shape[1])
     coefficients = layer_coefficients(*(c.map(lambda x: x.flatten(1, 2)) for c in (chunk, read)))
-    inputs, errors = flat(state.inputs), flat(state.errors)
+    inputs, errors = ([x[:, :slots] for x in flat(rows)] for rows in (state.inputs, state.errors))
     reads = read_layers(q, weights, momentum, inputs, errors, coefficients)
     y = memory_output(q, reads[-1].out, scale).unflatten(0, memories)
     full: bool | Tensor = state.position == state.chunk_size
