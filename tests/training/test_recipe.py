@@ -130,7 +130,7 @@ def test_a_model_at_a_path_gets_a_memory(kind, fields, llama, tmp_path):
     [
         ({"path": "nowhere/at-all"}, "model.path nowhere/at-all holds no model"),
         ({"attention_drop": 0.5}, "model.attention_drop: did you mean model.attention_dropout"),
-        ({"type": "llama"}, "leave type out to go on.*one of lm2, rmt"),
+        ({"type": "mistral"}, "leave type out to go on.*one of lm2, rmt"),
         ({"type": "lm2", "slots": 3}, "unknown field model.slots"),
         ({"parameters": 1000}, "model.parameters: the model at model.path has its size"),
         ({"path": 5}, "model.path is a folder or hub id, got 5"),
@@ -139,6 +139,13 @@ def test_a_model_at_a_path_gets_a_memory(kind, fields, llama, tmp_path):
 def test_a_model_at_a_path_that_cannot_be_had(fields, message, llama, tmp_path):
     with pytest.raises(ValueError, match=message):
         from_path(tmp_path, **fields)
+
+
+def test_a_model_at_a_path_may_be_named_by_its_own_type(llama, tmp_path):
+    model = build_model(from_path(tmp_path, type="llama"))
+    assert torch.equal(model.get_input_embeddings().weight, llama.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match=r"weights of other sizes.*intermediate_size"):
+        build_model(from_path(tmp_path, type="llama", intermediate_size=24))
 
 
 def test_a_memory_that_cannot_be_given_is_one_error(llama, tmp_path):

@@ -59,6 +59,10 @@ def read_stories(path: Path) -> list[list[Story]]:
 
 def find_files(folder: str, task: str, part: str) -> list[Path]:
     """The file of a task, qa1_..._train.txt; none for a test file that is not there."""
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{folder} is no folder, it has none of bAbI: name the one with qa1_..._train.txt"
+        )
     found = sorted(Path(folder).glob(f"{task}_*_{part}.txt"))
     if len(found) == 1 or (part == "test" and not found):
         return found

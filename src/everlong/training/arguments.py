@@ -166,7 +166,9 @@ def check_given(values: dict[str, Any], types: dict[str, Any], prefix: str) -> N
             raise ValueError(f"{prefix}{name} has no value: give one, or leave it out for its default")
         if isinstance(value, str) and kinds <= {bool, int, float, type(None)}:
             wanted = " or ".join(sorted(each.__name__ for each in kinds - {type(None)}))
-            raise ValueError(f"{prefix}{name} must be {wanted}, got the text {value!r}: no quotes")
+            raise ValueError(
+                f"{prefix}{name} must be {wanted}, got the text {value!r}: give one, without quotes"
+            )
 
 
 def _typed(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,13 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
             raise ValueError(f"model: it cannot be built: {one_line(error)}") from error
     fields = {**recipe.model}
     path, kind = fields.pop("path"), fields.pop("type", None)
+    config = build_model_config(recipe)
+    if kind == config.model_type:
+        kind = None
     try:
         if kind is not None:
             model = from_hub(path, lambda: WRAPPED[kind](path, fields))
         else:
-            config = build_model_config(recipe)
             model, loading = from_hub(
                 path,
                 lambda: AutoModelForCausalLM.from_pretrained(
@@ -80,6 +82,11 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
                 ),
             )
     except Exception as error:  # transformers raises several kinds, all of them about files and fields
+        if kind is None and "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"model.path {path} holds weights of other sizes than the recipe's fields of `model` say: "
+                f"leave out those of {', '.join(fields)} that change sizes"
+            ) from error
         raise ValueError(f"model.path {path} cannot be loaded: {one_line(error)}") from error
     if kind is None:
         other = sorted([*loading["missing_keys"], *loading["unexpected_keys"]])
@@ -122,6 +129,8 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
         raise ValueError(f"model.path is a folder or hub id, got {path!r}")
     try:
         found = from_hub(path, lambda: AutoConfig.from_pretrained(path))
+        if kind == found.model_type:  # the model there is one already
+            kind = None
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path {path} holds no model: {one_line(error)}") from error
     named = "name the tokenizer of that model as data.tokenizer"
@@ -132,7 +141,7 @@ def _config_at(recipe: Recipe) -> PretrainedConfig:
     if kind not in WRAPPED:
         raise ValueError(
             f"model.type {kind!r} with model.path: leave type out to go on from the model there, or "
-            f"name the memory it shall get, one of {', '.join(WRAPPED)}"
+            f"name its own type, or the memory it shall get, one of {', '.join(WRAPPED)}"
         )
     types = [each.name for each in dataclasses.fields(CONFIG_MAPPING[kind]) if each.init]
     check_names(fields, types, "model.")
