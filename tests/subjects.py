@@ -94,7 +94,7 @@ class Subject:
 
 def layer(**options: Any) -> Callable[[], nn.Module]:
     """A bare neural memory of width 8."""
-    defaults = {"expansion": 2, "chunk_size": CHUNK, "max_learning_rate": 0.5}
+    defaults = {"expansion": 2, "chunk_size": CHUNK}
     return lambda: NeuralMemory(8, 2, **defaults | options)
 
 
@@ -115,7 +115,6 @@ def titans(*layer_types: str, **options: Any) -> Callable[[], nn.Module]:
                 "num_persistent_tokens": 3,
                 "chunk_size": CHUNK,
                 "memory_expansion": 2,
-                "max_memory_learning_rate": 0.5,
             }
             | options
         )

@@ -25,18 +25,19 @@ def test_sizes_of_the_memory():
 
 def test_a_fresh_layer_has_the_gates_it_was_told():
     layer = NeuralMemory(8, 2, initial_alpha=0.01, initial_eta=0.75, initial_theta=0.2, chunk_size=16)
-    theta, log_retain, log_eta = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    (theta, log_retain, log_eta), strength = layer._gates(torch.zeros(1, 1, 8), torch.float32)
     assert_close("alpha", 1 - log_retain.exp(), torch.full_like(theta, 0.01), torch.float32)
     assert_close("eta", log_eta.exp(), torch.full_like(theta, 0.75), torch.float32)
-    want = layer.max_learning_rate / 16 * 0.25 * 0.2
-    assert_close("theta", theta, torch.full_like(theta, want), torch.float32)
+    want = torch.tensor(layer.max_thetas) * 0.25 * 0.2
+    assert_close("theta", theta, want.expand_as(theta), torch.float32)
+    assert_close("strength", strength, torch.full_like(theta, 0.2), torch.float32)
 
 
 def test_theta_never_exceeds_its_bound():
     layer = NeuralMemory(8, 2, chunk_size=4)
-    theta, _, log_eta = layer._gates(1e4 * torch.randn(1, 50, 8), torch.float32)
+    (theta, _, log_eta), _ = layer._gates(1e4 * torch.randn(1, 50, 8), torch.float32)
     assert (theta >= 0).all()
-    assert (theta <= layer.max_learning_rate / 4 * (1 - log_eta.exp()) + 1e-6).all()
+    assert (theta <= torch.tensor(layer.max_thetas) * (1 - log_eta.exp()) + 1e-6).all()
 
 
 def test_gates_are_exact_where_they_are_shut_or_open():
@@ -45,7 +46,7 @@ def test_gates_are_exact_where_they_are_shut_or_open():
     for projection, bias in ((layer.alpha_proj, 60.0), (layer.eta_proj, -60.0)):
         torch.nn.init.constant_(projection.bias, bias)
         torch.nn.init.zeros_(projection.weight)
-    _, log_retain, log_eta = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    (_, log_retain, log_eta), _ = layer._gates(torch.zeros(1, 1, 8), torch.float32)
     assert_close("alpha", log_retain, torch.full_like(log_retain, -60.0), torch.float32)
     assert_close("eta", log_eta, torch.full_like(log_eta, -60.0), torch.float32)
 
@@ -53,7 +54,8 @@ def test_gates_are_exact_where_they_are_shut_or_open():
 def test_gates_are_computed_in_the_memory_s_type():
     torch.manual_seed(0)
     layer = NeuralMemory(8, 2).bfloat16()
-    for gate in layer._gates(torch.randn(1, 50, 8).bfloat16(), torch.float32):
+    gates, strength = layer._gates(torch.randn(1, 50, 8).bfloat16(), torch.float32)
+    for gate in (*gates, strength):
         assert gate.dtype == torch.float32
         assert (gate != gate.bfloat16().float()).any()
 
@@ -110,7 +112,7 @@ def test_second_derivatives_of_the_layer_are_refused():
 def test_memory_learns_what_it_reads():
     """The point of it all: a pair read often is recalled better than before."""
     torch.manual_seed(0)
-    layer = NeuralMemory(16, 1, chunk_size=1, conv_kernel=0, max_learning_rate=0.5)
+    layer = NeuralMemory(16, 1, chunk_size=1, conv_kernel=0, initial_alpha=1e-4)
     x = torch.randn(1, 1, 16)
     state = layer.initial_state(1)
     with layer._rows(x, None) as (_, k, v, _):
@@ -134,6 +136,9 @@ def test_memory_learns_what_it_reads():
         ("conv_kernel must be at least 0", {"conv_kernel": -1}),
         ("initial_alpha must lie between 0 and 1, got 0", {"initial_alpha": 0.0}),
         ("max_learning_rate must be positive", {"max_learning_rate": 0.0}),
+        ("norm_floor must be positive", {"norm_floor": 0.0}),
+        (r"write_threshold must lie in \[0, 1\), got 1", {"write_threshold": 1.0}),
+        ("must be a number or two, from and to", {"initial_alpha": (0.1, 0.2, 0.3)}),
     ],
 )
 def test_sizes_that_do_not_fit(message, options):

@@ -72,7 +72,8 @@ def test_what_was_written_is_the_mean_over_all_memories():
     out = model.model(torch.randint(11, (2, 9)), output_memory=True)
     memory = model.model.layers[0].mixer.memory
     theta = torch.stack([trace.theta for trace in out.memory if trace is not None])
-    strength = theta * memory.chunk_size / memory.max_learning_rate
+    eta = torch.stack([trace.eta for trace in out.memory if trace is not None])
+    strength = theta / (1 - eta) / torch.tensor(memory.max_thetas)
     want = (1 + 1000 * strength).log().mean((0, -1, -2))
     assert_close("written", out.written, want, torch.float32)
 
@@ -200,8 +201,8 @@ def test_writing_has_its_price_in_training_only():
     written = model.model(ids).written.mean()
     memory = model.model.layers[0].mixer.memory
     x = model.model.layers[0].input_norm(model.model.embed_tokens(ids))
-    theta = memory._gates(x, torch.float32).theta * memory.chunk_size / memory.max_learning_rate
-    assert_close("written", written, (1 + 1000 * theta).log().mean(), torch.float32)
+    _, strength = memory._gates(x, torch.float32)
+    assert_close("written", written, (1 + 1000 * strength).log().mean(), torch.float32)
     model.train()
     assert_close("loss", model(ids, labels=ids).loss, plain + 0.5 * written, torch.float32)
     # Two accumulated batches of 16 labels each pay together what one batch pays.

@@ -5,6 +5,7 @@ import torch
 from titans_reference import REFERENCES
 
 from everlong import TitansConfig
+from everlong.models.configuration_titans import OLDER
 from everlong.models.titans_blocks import BLOCKS
 from numerics import assert_close
 
@@ -17,6 +18,8 @@ SWITCHES = {
     "no decay": {"memory_decay": False},
     "no persistent tokens": {"num_persistent_tokens": 0},
     "more persistent tokens than a chunk": {"num_persistent_tokens": 5},
+    "a threshold": {"memory_write_threshold": 0.3, "initial_theta": 0.3},
+    "saved before scales": OLDER,
 }
 
 
@@ -33,8 +36,8 @@ def make_block(name, **options):
             "chunk_size": 4,
             "num_persistent_tokens": 2,
             "memory_expansion": 2,
-            "max_memory_learning_rate": 0.5,
             "initial_alpha": 0.05,
+            "initial_theta": 0.2,
         }
         | options
     )

@@ -43,7 +43,7 @@ class Memory:
         self.layer = layer
         taps = [None] * 3 if layer.conv is None else layer.conv.weight.chunk(3)
         self.q_conv, self.k_conv, self.v_conv = (Conv(t) for t in taps)
-        self.now = [w.weight * 1.0 for w in layer.memory_init]
+        self.now = [w.weight * u for w, u in zip(layer.memory_init, layer.units, strict=True)]
         self.momentum = [torch.zeros_like(w) for w in self.now]
         self.trace = []  # of each token written: what `MemoryTrace` says of it
         self.close()
@@ -83,11 +83,16 @@ class Memory:
         layer = self.layer
         k = unit(self.heads(self.k_conv(layer.k_proj.weight @ x)))
         v = self.heads(self.v_conv(layer.v_proj.weight @ x))
+        if layer.value_length is not None:
+            v = unit(v) * layer.value_length
         # The inner gradient is of the weights alone, though k and v may have been made with them.
         start = [w * 1.0 for w in self.start]
         loss = (self.network(start, k) - v).square().sum(-1)
         surprise = torch.autograd.grad(loss.sum(), start, create_graph=True)
-        theta = self.gate(layer.theta_proj, x) * layer.max_learning_rate / layer.chunk_size
+        theta = self.gate(layer.theta_proj, x)
+        with torch.no_grad():  # the gate's gradient is that of a gate that is written as it is
+            faint = theta * (theta < layer.write_threshold)
+        theta = (theta - faint) * theta.new_tensor(layer.max_thetas)
         eta = alpha = torch.zeros_like(theta)
         if layer.eta_proj is not None:
             eta = self.gate(layer.eta_proj, x)
@@ -197,7 +202,7 @@ def mac(block, rows):
         if read_conv.taps is not None:
             read_conv(block.memory.q_proj.weight @ p)
     for p in persistent(block):
-        memory.read_write(rms_norm(block.attention_norm, among(p)))
+        memory.read_write(rms_norm(block.attention_norm, block.residual * p + among(p)))
     memory.close()
     for start in range(0, len(rows), block.attention.segment):
         before, attention = memory.now, Attention(block.attention)
@@ -206,7 +211,7 @@ def mac(block, rows):
         for t, x in enumerate(rows[start : start + block.attention.segment]):
             attention.show(memory.answer(x, before, read_conv), t)
             attention.show(x, t)
-            y = rms_norm(block.attention_norm, attention(x, t))
+            y = rms_norm(block.attention_norm, block.residual * x + attention(x, t))
             outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(y))))
     return outputs, memory.trace
 

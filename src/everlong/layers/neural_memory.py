@@ -25,13 +25,18 @@ from everlong.ops import (
 )
 from everlong.ops.decay import Gates
 from everlong.ops.documents import Documents
+from everlong.ops.inner_mlp import NORM_EPS
 from everlong.ops.recompute import recomputed
 from everlong.ops.state import check_kind
 
 
+GELU_SQUARE = 0.4252  # the mean of gelu(x)^2 where x is normal
+ALIKE = 1 / 8  # how much two tokens' inner gradients have in common in a fresh memory, about
+
+
 class MemoryOutput(NamedTuple):
-    """What a memory gives: y [B, T, D], the state, theta as a share of max_learning_rate /
-    chunk_size [B, T, H, L], and what it did, where that was asked."""
+    """What a memory gives: y [B, T, D], the state, how strongly each token was written in 0 ... 1
+    [B, T, H, L], and what it did, where that was asked."""
 
     y: Tensor
     state: NeuralMemoryState
@@ -42,9 +47,9 @@ class MemoryOutput(NamedTuple):
 class NeuralMemory(Layer):
     """A sequence layer whose memory is a small MLP that learns while it reads (Titans v1 section 3).
 
-    q, k, v = silu(conv(x W)), q and k of unit length; alpha, eta, theta from the token, per head
-    and per layer of the memory network; y = W_o (silu(x W_g) * norm(M_t(q_t))). Causal: y_t
-    depends on x_1 ... x_t alone.
+    q, k, v = silu(conv(x W)), q and k of unit length, v of unit root mean square; alpha, eta, theta
+    from the token, per head and per layer of the memory network; y = W_o (silu(x W_g) *
+    norm(M_t(q_t))). Causal: y_t depends on x_1 ... x_t alone.
 
     Args:
         hidden_size: width D of x and y.
@@ -56,10 +61,20 @@ class NeuralMemory(Layer):
         conv_kernel: taps of the causal convolution after the projections; 0 leaves it out.
         momentum, decay: False leaves out S_t or the forgetting.
         residual_norm: M(x) = x + scale * LN(MLP(x)); False is the plain MLP, which may diverge.
-        max_learning_rate: theta lies below max_learning_rate / chunk_size * (1 - eta): a chunk's
-            gradients add up, and momentum multiplies them by up to 1 / (1 - eta).
+        unit_scale: the fresh network's products have unit variance, and theta is counted in what one
+            write corrects of its own error (see `max_learning_rate`). False: weights of variance 1 /
+            fan-in, and one bound max_learning_rate / chunk_size * (1 - eta) for all layers.
+        norm_floor: with unit_scale, what stands under LN's variance, as a share of the fresh
+            output's: it bounds the step where the last layer's weights fade. Above 0.
+        normalize_values: False takes the values as they come.
+        max_learning_rate: upper end of theta. With unit_scale a token corrects at most this share of
+            its own error, to first order, over 1 + (chunk_size - 1) / 8, since the gradients of a
+            chunk's tokens, taken at one point, add up where they are alike.
+        write_threshold: in [0, 1): gates of theta below it are 0, that is, nothing is written; their
+            gradients are those of the gate.
         initial_alpha, initial_eta, initial_theta: values of the gates in a fresh layer, in (0, 1);
-            theta's is the share of its upper bound above.
+            theta's is the share of its upper end. Two values of alpha: from the first head's to the
+            last's, in equal ratios.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -77,10 +92,14 @@ class NeuralMemory(Layer):
         momentum: bool = True,
         decay: bool = True,
         residual_norm: bool = True,
-        max_learning_rate: float = 2.0,
-        initial_alpha: float = 1e-4,
+        unit_scale: bool = True,
+        norm_floor: float = 0.7,
+        normalize_values: bool = True,
+        max_learning_rate: float = 6.0,
+        write_threshold: float = 0.0,
+        initial_alpha: float | Sequence[float] = 1e-4,
         initial_eta: float = 0.5,
-        initial_theta: float = 0.5,
+        initial_theta: float = 0.3,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -103,11 +122,17 @@ class NeuralMemory(Layer):
             raise ValueError(f"max_learning_rate must be positive and finite, got {max_learning_rate}")
         if not 0 <= norm_eps < math.inf:
             raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
-        _check_gates(initial_alpha=initial_alpha, initial_eta=initial_eta, initial_theta=initial_theta)
+        if not 0 < norm_floor < math.inf:
+            raise ValueError(f"norm_floor must be positive and finite, got {norm_floor}")
+        if not 0 <= write_threshold < 1:
+            raise ValueError(f"write_threshold must lie in [0, 1), got {write_threshold}")
+        alphas = _spread(initial_alpha, num_heads)
+        _check_gates(initial_alpha=alphas, initial_eta=[initial_eta], initial_theta=[initial_theta])
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.depth, self.chunk_size = depth, chunk_size
         self.momentum, self.decay = momentum, decay
-        self.max_learning_rate = max_learning_rate
+        self.max_learning_rate, self.write_threshold = max_learning_rate, write_threshold
+        self.value_length = math.sqrt(head_dim) if normalize_values else None
         self.read_only = False  # True: reads its state and writes nothing
 
         width = num_heads * head_dim
@@ -121,12 +146,16 @@ class NeuralMemory(Layer):
             self.conv = Weight(3 * width, conv_kernel, start=uniform)
         gates = num_heads * depth
         self.theta_proj = Gate(hidden_size, gates, initial_theta)
-        self.alpha_proj = Gate(hidden_size, gates, initial_alpha) if decay else None
+        per_layer = [alpha for alpha in alphas for _ in range(depth)]
+        self.alpha_proj = Gate(hidden_size, gates, per_layer) if decay else None
         self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
+        floor = norm_floor if residual_norm else None
+        scales = _Scales.unit(sizes, chunk_size, floor) if unit_scale else _Scales.plain(sizes, chunk_size)
+        self.units, self.max_thetas = scales.units, [max_learning_rate * step for step in scales.steps]
         self.memory_init = nn.ModuleList(
-            Weight(num_heads, *shape, start=partial(nn.init.normal_, std=1 / math.sqrt(shape[0])))
-            for shape in pairwise(sizes)
+            Weight(num_heads, *shape, start=partial(nn.init.normal_, std=std))
+            for shape, std in zip(pairwise(sizes), scales.stds, strict=True)
         )
         self.memory_scale = None
         if residual_norm:
@@ -134,6 +163,13 @@ class NeuralMemory(Layer):
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.tie_queries()
+
+    def tie_queries(self) -> None:
+        """The queries' projection starts as the keys': what is alike is found from the first step."""
+        if not getattr(self.q_proj.weight, "_is_hf_initialized", False):  # it was not loaded
+            with torch.no_grad():
+                self.q_proj.weight.copy_(self.k_proj.weight)
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""
@@ -206,7 +242,7 @@ class NeuralMemory(Layer):
         trace: also report what the memory did, token by token.
         """
         state = self._checked(x, state)
-        gates, scale, report = self._gates(x, state.dtype), self._scale(), None
+        (gates, strength), scale, report = self._gates(x, state.dtype), self._scale(), None
         if self.read_only:
             gates = gates._replace(theta=torch.zeros_like(gates.theta))
         with self._rows(x, state.conv_tail, lengths) as (q, k, v, tail):
@@ -218,7 +254,6 @@ class NeuralMemory(Layer):
                 )
         if trace:
             report = trace_neural_memory(k, v, gates, state=state, scale=scale, lengths=lengths)
-        strength = gates.theta * (self.chunk_size / self.max_learning_rate)
         return MemoryOutput(
             self._out(y, self.gates_of(x)),
             replace(after, conv_tail=tail).known_right(),
@@ -241,7 +276,7 @@ class NeuralMemory(Layer):
         convolution alone."""
         q = self.q_proj(x)
         taps = None if self.conv is None else self.conv().to(q.dtype)[: q.shape[-1]]
-        with _convolved(q, taps, tail, lengths, self.head_dim) as (q, tail):
+        with _convolved(q, taps, tail, lengths, self.head_dim, 1.0) as (q, tail):
             yield self._heads(q), tail
 
     def gates_of(self, x: Tensor) -> Tensor:
@@ -249,7 +284,8 @@ class NeuralMemory(Layer):
         return self._heads(self.gate_proj(x))
 
     def _start(self) -> list[Tensor]:
-        return [weight() for weight in self.memory_init]
+        starts = [weight() for weight in self.memory_init]
+        return [w if unit == 1 else w * unit for w, unit in zip(starts, self.units, strict=True)]
 
     def _scale(self) -> Tensor | None:
         return None if self.memory_scale is None else self.memory_scale()
@@ -317,22 +353,28 @@ class NeuralMemory(Layer):
         rows = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         taps = [None] * 3 if self.conv is None else self.conv().to(rows[0].dtype).chunk(3)
         tails = [None] * 3 if tail is None else tail.chunk(3, -1)
-        units = [self.head_dim, self.head_dim, None]
+        sides = [1.0, 1.0, self.value_length]
         with ExitStack() as stack:
             pairs = []
-            for row, tap, end, unit in zip(rows, taps, tails, units, strict=True):
-                pairs.append(stack.enter_context(_convolved(row, tap, end, lengths, unit)))
+            for row, tap, end, length in zip(rows, taps, tails, sides, strict=True):
+                convolved = _convolved(row, tap, end, lengths, self.head_dim, length)
+                pairs.append(stack.enter_context(convolved))
             q, k, v = (self._heads(row) for row, _ in pairs)
             ends = [end for _, end in pairs if end is not None]
             yield q, k, v, torch.cat(ends, -1) if ends else None
 
-    def _gates(self, x: Tensor, dtype: torch.dtype) -> Gates:
-        """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32."""
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Gates, Tensor]:
+        """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32, and the
+        gate of theta."""
 
         def logits(projection: Gate) -> Tensor:
             return projection(x).to(dtype).unflatten(-1, (self.num_heads, self.depth))
 
-        theta = torch.sigmoid(logits(self.theta_proj)) * (self.max_learning_rate / self.chunk_size)
+        strength = torch.sigmoid(logits(self.theta_proj))
+        if self.write_threshold:
+            faint = (strength * (strength < self.write_threshold)).detach()
+            strength = strength - faint
+        theta = strength * strength.new_tensor(self.max_thetas)
         log_retain = log_eta = None
         if self.alpha_proj is not None:
             log_retain = F.logsigmoid(-logits(self.alpha_proj))
@@ -340,7 +382,44 @@ class NeuralMemory(Layer):
             momentum = logits(self.eta_proj)
             log_eta = F.logsigmoid(momentum)
             theta = theta * torch.sigmoid(-momentum)
-        return Gates(theta, log_retain, log_eta)
+        return Gates(theta, log_retain, log_eta), strength
+
+
+class _Scales(NamedTuple):
+    """How a memory network's layers start, and in what units.
+
+    stds: deviations of the parameters. units: what a parameter is multiplied by to be the layer's
+    weights M_0. steps: theta with which one write corrects its own error, to first order.
+    """
+
+    stds: list[float]
+    units: list[float]
+    steps: list[float]
+
+    @classmethod
+    def plain(cls, sizes: Sequence[int], chunk_size: int) -> "_Scales":
+        """Variance 1 / fan-in and one step for all layers, whatever comes in."""
+        stds = [1 / math.sqrt(size) for size in sizes[:-1]]
+        return cls(stds, [1.0] * len(stds), [1 / chunk_size] * len(stds))
+
+    @classmethod
+    def unit(cls, sizes: Sequence[int], chunk_size: int, floor: float | None) -> "_Scales":
+        """Every product of unit variance. The keys have unit length, so W_1 has unit variance; behind
+        GELU it is 1 / GELU_SQUARE of fan-in's. floor: of LN's variance, None where there is no LN.
+
+        LN's own NORM_EPS is that floor, as the last layer is kept in units of sqrt(NORM_EPS / floor).
+        A step theta changes the output by 2 theta |z|^2 / (variance + floor) of the error in a layer
+        with input z; the first layer's |z|^2 = 1 makes it slower than the others, and it stays so.
+        """
+        inputs = [1.0, *(GELU_SQUARE * size for size in sizes[1:-1])]
+        units = [1.0] * len(inputs)
+        step = 1 / (2 * inputs[-1] * max(len(inputs) - 1, 1) * (1 + ALIKE * (chunk_size - 1)))
+        steps = [step] * len(inputs)
+        if floor is not None:
+            units[-1] = math.sqrt(NORM_EPS / floor)
+            steps = [step * (1 + floor) for step in steps]
+            steps[-1] *= units[-1] ** 2
+        return cls([1 / math.sqrt(square) for square in inputs], units, steps)
 
 
 def _convolved(
@@ -348,10 +427,11 @@ def _convolved(
     taps: Tensor | None,
     tail: Tensor | None,
     lengths: Tensor | None,
-    unit: int | None,
+    size: int,
+    length: float | None,
 ) -> AbstractContextManager[tuple[Tensor, Tensor | None]]:
     """`_conv_silu`, whose rows nothing inside keeps for its gradients."""
-    return recomputed(partial(_conv_silu, lengths=lengths, unit=unit), x, taps, tail)
+    return recomputed(partial(_conv_silu, lengths=lengths, size=size, length=length), x, taps, tail)
 
 
 def _conv_silu(
@@ -359,14 +439,18 @@ def _conv_silu(
     taps: Tensor | None,
     tail: Tensor | None,
     lengths: Tensor | None,
-    unit: int | None,
+    size: int,
+    length: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """silu(conv(x)), each `unit` channels at unit length if given, and the tail for the next call;
+    """silu(conv(x)), each `size` channels at this length if given, and the tail for the next call;
     without taps there is no convolution."""
     if taps is not None:
-        return causal_conv_silu(x, taps, tail, lengths, unit)
+        unit = None if length is None else size
+        return causal_conv_silu(x, taps, tail, lengths, unit, length or 1.0)
     y = F.silu(x)
-    return (y if unit is None else unit_length(y.unflatten(-1, (-1, unit))).flatten(-2)), None
+    if length is not None:
+        y = unit_length(y.unflatten(-1, (-1, size)), length).flatten(-2)
+    return y, None
 
 
 def _check_at_least(*sizes: tuple[int, str, int]) -> None:
@@ -375,7 +459,19 @@ def _check_at_least(*sizes: tuple[int, str, int]) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _check_gates(**gates: float) -> None:
-    for name, gate in gates.items():
-        if not 0 < gate < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
+def _check_gates(**gates: Sequence[float]) -> None:
+    for name, values in gates.items():
+        for gate in values:
+            if not 0 < gate < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
+
+
+def _spread(ends: float | Sequence[float], count: int) -> list[float]:
+    """One number for each of `count` heads: the same, or from the first of two to the second, in equal
+    ratios."""
+    if not isinstance(ends, Sequence):
+        return [ends] * count
+    if len(ends) != 2 or min(ends) <= 0:
+        raise ValueError(f"initial_alpha must be a number or two, from and to, above 0, got {ends}")
+    first, last = map(math.log, ends)
+    return [math.exp(first + (last - first) * i / max(count - 1, 1)) for i in range(count)]

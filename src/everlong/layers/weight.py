@@ -5,7 +5,7 @@ module to module: a parameter that is reached in any other way may be somewhere 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,12 +79,15 @@ class Weight(OwnStart):
 
 
 class Gate(OwnStart):
-    """The logits of a gate: a linear map whose bias starts where the gate is `initial`, in (0, 1).
+    """The logits of a gate: a linear map whose bias starts where the gate is `initial`, in (0, 1), one
+    number or [out_features].
 
     No `nn.Linear`, whose biases are zeroed by anyone who initialises a model.
     """
 
-    def __init__(self, in_features: int, out_features: int, initial: float) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, initial: float | Sequence[float]
+    ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features)
         self.weight, self.bias = linear.weight, linear.bias
@@ -100,7 +103,9 @@ class Gate(OwnStart):
         self._reset_bias()
 
     def _reset_bias(self) -> None:
-        nn.init.constant_(self.bias, math.log(self.initial / (1 - self.initial)))
+        logits = torch.logit(torch.tensor(self.initial, dtype=torch.float64, device="cpu"))
+        with torch.no_grad():
+            self.bias.copy_(logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features]."""

@@ -25,6 +25,13 @@ STATE_FIELDS = (
     "memory_decay",
     "memory_residual_norm",
 )
+# What came after the first models were saved, with what they are: a file that lacks it means this.
+OLDER = {
+    "mac_residual": False,
+    "memory_unit_scale": False,
+    "memory_normalize_values": False,
+    "memory_write_threshold": 0.0,
+}
 LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 
 
@@ -55,16 +62,26 @@ class TitansConfig(PreTrainedConfig):
         conv_kernel: taps of the convolution after the memory's projections; 0 leaves it out.
         memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
-        max_memory_learning_rate: upper end of theta, times chunk_size / (1 - eta).
+        mac_residual: what `"mac"` absorbs is norm(x + Attn(...)), so that a token is there from the first
+            step; False leaves out x, as v1 eq. 24 has it to the letter.
+        memory_unit_scale, memory_norm_floor, memory_normalize_values: how a fresh memory and its steps
+            are scaled (see `NeuralMemory`). False, any and False are the start of models saved before
+            these fields were there, with max_memory_learning_rate 2, initial_alpha 1e-4 and
+            initial_theta 0.5.
+        max_memory_learning_rate: upper end of theta (see `NeuralMemory`); with initial_theta of it above
+            2 a fresh memory is beyond the stability of its own gradient descent.
+        memory_write_threshold: in [0, 1): what is written more faintly than this share of the upper
+            end is not written at all, in training too, where the gates' gradients are as without it.
         memory_read_only: the memory is never written: every token reads it as training left it.
         backprop_segments: gradients are cut at every so many segments of segment_length tokens, and
             at the start of a call that goes on from a cache; None: never.
         memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
-            this times the mean over all memories of log(1 + s / 0.001), s being theta as a share of
-            max_memory_learning_rate / chunk_size. A memory that pays for what it writes leaves alone
+            this times the mean over all memories of log(1 + s / 0.001), s being theta's gate, a
+            share of its upper end. A memory that pays for what it writes leaves alone
             what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
-            its upper end).
+            its upper end); two values of alpha go from the first head's to the last's, in equal ratios.
+            1e-4 keeps what was read for thousands of tokens; language wants about 0.05.
     """
 
     model_type = "titans"
@@ -90,10 +107,15 @@ class TitansConfig(PreTrainedConfig):
     memory_momentum: bool = True
     memory_decay: bool = True
     memory_residual_norm: bool = True
-    max_memory_learning_rate: float = 2.0
-    initial_alpha: float = 1e-4
+    mac_residual: bool = True
+    memory_unit_scale: bool = True
+    memory_norm_floor: float = 0.7
+    memory_normalize_values: bool = True
+    memory_write_threshold: float = 0.0
+    max_memory_learning_rate: float = 6.0
+    initial_alpha: float | list[float] = 1e-4
     initial_eta: float = 0.5
-    initial_theta: float = 0.5
+    initial_theta: float = 0.3
     memory_read_only: bool = False
     memory_write_cost: float = 0.0
     backprop_segments: int | None = None
@@ -131,9 +153,17 @@ class TitansConfig(PreTrainedConfig):
         """
         return cls(**(preset_fields(name) | fields))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `transformers`; the file of an older model means what it meant."""
+        if "transformers_version" in config_dict:  # it was saved
+            config_dict = OLDER | config_dict
+        return super().from_dict(config_dict, **kwargs)
+
     def state_fields(self) -> dict[str, Any]:
         """What decides whether a cache of one model fits another."""
-        return {name: getattr(self, name) for name in STATE_FIELDS}
+        newer = [name for name, older in OLDER.items() if getattr(self, name) != older]
+        return {name: getattr(self, name) for name in (*STATE_FIELDS, *newer)}
 
     def validate_layer_type(self) -> None:
         """The types are ours, not only those that `transformers` knows."""
@@ -174,6 +204,13 @@ class TitansConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("memory_norm_floor", "max_memory_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.memory_write_threshold < 1:
+            raise ValueError(
+                f"memory_write_threshold must lie in [0, 1), got {self.memory_write_threshold}"
+            )
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:

@@ -179,7 +179,11 @@ class MemoryBlock(Block):
             momentum=config.memory_momentum,
             decay=config.memory_decay,
             residual_norm=config.memory_residual_norm,
+            unit_scale=config.memory_unit_scale,
+            norm_floor=config.memory_norm_floor,
+            normalize_values=config.memory_normalize_values,
             max_learning_rate=config.max_memory_learning_rate,
+            write_threshold=config.memory_write_threshold,
             initial_alpha=config.initial_alpha,
             initial_eta=config.initial_eta,
             initial_theta=config.initial_theta,
@@ -269,7 +273,7 @@ class MAC(MemoryBlock):
     """`"mac"`, memory as context (v1 eqs. 21-25). Segment by segment, with M as the last one left it:
 
     h = M(x)                    read, nothing written
-    y = norm(Attn([P, h, x]))   token i sees P, and h_j, x_j of its segment for j <= i
+    y = norm(x + Attn([P, h, x]))   token i sees P, and h_j, x_j of its segment for j <= i
     o = y (x) M(y)              M absorbs y, token by token
     """
 
@@ -281,11 +285,15 @@ class MAC(MemoryBlock):
             *_attention_sizes(config), config.segment_length, config.rope_theta
         )
         self.attention_norm, self.memory_norm = _norm(config), _norm(config)
+        self.residual = config.mac_residual
 
     def initial_state(self, like: Tensor) -> State:
         """The memory after the attention's outputs of the persistent rows over themselves."""
         prefix = self._prefix(like)
-        rows = None if prefix is None else self.attention_norm(self.attention.over_prefix(prefix))
+        rows = None
+        if prefix is not None:
+            seen = self.attention.over_prefix(prefix)
+            rows = self.attention_norm(prefix + seen if self.residual else seen)
         memory = self._absorb(rows, like)[1]
         tail = memory.conv_tail
         if tail is not None:  # of q alone: zeros, or the persistent rows' last
@@ -302,7 +310,7 @@ class MAC(MemoryBlock):
         # What does not depend on the memory is done for all segments at once.
         outputs: list[BlockOutput] = []
         with self.memory.queries(x, state.read_tail, lengths) as (q, tail):
-            rows = (q, self.memory.gates_of(x), *self.attention.project(x))
+            rows = (x, q, self.memory.gates_of(x), *self.attention.project(x))
             for pieces in zip(*map(cuts.take, rows), strict=True):
                 piece, count = [row for row, _ in pieces], pieces[0][1]
                 outputs.append(self._read_segment(piece, state, count, trace))
@@ -318,10 +326,10 @@ class MAC(MemoryBlock):
         self, rows: list[Tensor], state: MACState, lengths: Tensor | None, trace: bool
     ) -> BlockOutput:
         """Tokens of the open segment, no more than it has left; rows: what `mix` made of them."""
-        q, gate, *seen_by = rows
+        x, q, gate, *seen_by = rows
         h = self.memory.read(q, gate, state.weights)
         seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
-        with self.attention_norm.unkept(seen) as y:
+        with self.attention_norm.unkept(x + seen if self.residual else seen) as y:
             out = self.memory.read_write(y, state.memory, lengths, trace)
             with self.memory_norm.unkept(out.y) as gate:
                 y = sigmoid_gate(gate, y)

@@ -20,23 +20,25 @@ def causal_conv_silu(
     tail: Tensor | None,
     lengths: Tensor | None = None,
     unit: int | None = None,
+    length: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """y_t = silu(sum_j weight[:, j] x_{t-J+1+j}): each channel sees its last J inputs.
 
     x: [B, T, N]; weight: [N, J]; tail: [B, J-1, N], the inputs before x, or None for zeros;
     lengths: [B], how many of the T inputs are real in each row (default: all). unit: bring each so
-    many channels of y to unit length; divides N.
+    many channels of y to `length` (1: unit length); divides N.
     Returns y [B, T, N] and the tail for the next call. Raises ValueError when shapes do not fit.
     """
     reach = _check(x, weight, tail, lengths, unit)
     tail = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail.to(x.dtype)
     if reach < MOST_TAPS and native_takes(x, weight, tail):
-        y = NativeConvSilu.apply(x, weight, tail, unit or _head(x.shape[2]), unit is not None)
+        size = unit or _head(x.shape[2])
+        y = NativeConvSilu.apply(x, weight, tail, size, None if unit is None else length)
     else:
         refuse_transforms()
         y = _conv_silu(x, weight, tail)
         if unit is not None:
-            y = unit_length(y.unflatten(-1, (-1, unit))).flatten(-2)
+            y = unit_length(y.unflatten(-1, (-1, unit)), length).flatten(-2)
     if lengths is None:
         last = torch.cat([tail, x[:, max(x.shape[1] - reach, 0) :]], 1)
         return y, last[:, last.shape[1] - reach :]

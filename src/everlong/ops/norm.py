@@ -13,13 +13,14 @@ from everlong.ops.native.rows import GatedNorm, GateProduct
 UNIT_EPS = 1e-6
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, computed in at least float32, safe at zero.
+def unit_length(x: Tensor, length: float = 1.0) -> Tensor:
+    """length x / |x| over the last dimension, computed in at least float32, safe at zero.
 
     Raises ValueError where x has no last dimension, an empty one, or no floating-point numbers.
     """
     check_rows("x", x)
-    return _rescaled(x, 1.0, UNIT_EPS)
+    share = length**-2
+    return _rescaled(x, share, UNIT_EPS * share)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:

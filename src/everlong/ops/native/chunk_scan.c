@@ -518,11 +518,59 @@ static void carry_state(Chunk *n, real *after, real *scratch) {
     }
 }
 
-static void begin(Chunk *n, const Shape *s, const Tensors *x, int64_t memory, int64_t index, real *state) {
+static void stand_at(Chunk *n, const Shape *s, const Tensors *x, int64_t memory, int64_t index, real *state) {
     n->s = s, n->x = x, n->state = state;
     n->b = memory / s->heads, n->h = memory % s->heads, n->first = index * s->chunk;
     n->scale = s->scaled ? x->scale + n->h * s->size : NULL;
+}
+
+static void begin(Chunk *n, const Shape *s, const Tensors *x, int64_t memory, int64_t index, real *state) {
+    stand_at(n, s, x, memory, index, state);
     for (int l = 0; l < s->layers; l++) coefficients(s, x, n->b, n->h, l, n->first, &n->of[l]);
+}
+
+/* Whether nothing is written in a chunk: theta = 0 for all its tokens, and S = 0. */
+static int is_still(const Chunk *n) {
+    const Shape *s = n->s;
+    const Gate *g = &n->x->theta;
+    for (int l = 0; l < s->layers; l++) {
+        const real *theta = g->at + n->b * g->batch + n->h * g->head + l * g->layer + n->first * g->token;
+        for (int64_t t = 0; t < s->chunk; t++)
+            if (theta[t * g->token] != 0) return 0;
+    }
+    for (int l = 0; l < s->layers && s->parts > 1; l++) {
+        const real *m = layer_of(s, n->state, l) + part_offset(s, l);
+        for (int64_t i = 0; i < s->widths[l]; i++, m += row_stride(s, l))
+            for (int64_t j = 0; j < s->widths[l + 1]; j++)
+                if (m[j] != 0) return 0;
+    }
+    return 1;
+}
+
+/* y_t = M_t(q_t) of a still chunk, where M_t is M times what was retained, and M after it. */
+static void read_still(Chunk *n, real *scratch) {
+    const Shape *s = n->s;
+    const int64_t c = s->chunk;
+    const real *x = rows_at(&n->x->q, n);
+    int64_t ldx = n->x->q.row;
+    real *rows[] = {take(&scratch, c * widest(s)), take(&scratch, c * widest(s))}, *normed = take(&scratch, s->size);
+    for (int l = 0; l < s->layers; l++) {
+        const int64_t in = s->widths[l], out = s->widths[l + 1], ld = row_stride(s, l);
+        real *w = layer_of(s, n->state, l), *to = rows[l % 2], kept = 1;
+        multiply(n->x->gemm, 0, 0, c, out, in, x, ldx, w, ld, 0, to, out);
+        if (s->decay) {
+            const real *retain = gate_row(&n->x->log_retain, n->b, n->h, l, n->first, c, n->of[l].retain, 1);
+            for (int64_t t = 0; t < c; t++) {
+                kept *= retain[t];
+                EACH(int64_t j = 0; j < out; j++) to[t * out + j] *= kept;
+            }
+            for (int64_t i = 0; i < in; i++, w += ld) EACH(int64_t j = 0; j < out; j++) w[j] *= kept;
+        }
+        if (l + 1 < s->layers) gelu(to, to, c * out);
+        x = to, ldx = out;
+    }
+    put_output(s, n->scale, c, rows_at(&n->x->q, n), n->x->q.row, x, normed, (real *)rows_at(&n->x->y, n),
+               n->x->y.row);
 }
 
 static void forward_of(const Shape *s, const Tensors *x, int64_t memory, real *scratch) {
@@ -536,6 +584,11 @@ static void forward_of(const Shape *s, const Tensors *x, int64_t memory, real *s
     for (int64_t i = 0; i < chunks; i++) {
         if (s->train && i && i % s->interval == 0)
             memcpy(x->states + (memory * (groups - 1) + i / s->interval - 1) * each, state, each * sizeof(real));
+        stand_at(&n, s, x, memory, i, state);
+        if (!s->train && is_still(&n)) {
+            read_still(&n, scratch);
+            continue;
+        }
         begin(&n, s, x, memory, i, state);
         place_kept(&n, s->train ? x->kept + (memory * chunks + i) * kept : own, spare);
         inner_gradient(&n, 0);

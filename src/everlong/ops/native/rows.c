@@ -1,4 +1,4 @@
-/* Row by row, in one pass each: the causal convolution with SiLU and unit length, and two norms, forward
+/* Row by row, in one pass each: the causal convolution with SiLU and a length, and two norms, forward
  * and backward (see ../conv.py, ../norm.py). What they save is trips to memory. */
 
 #include "common.h"
@@ -7,6 +7,7 @@
 
 typedef struct { /* a row's tokens are divided into `parts` */
     int64_t batch, tokens, width, taps, size, unit, threads, parts;
+    double length; /* of each `size` numbers, where `unit` */
     Rows x, y, dx, dy;         /* [B, 1, T, N] */
     const real *weight, *tail; /* [J, N], [B, J - 1, N] */
     real *dweight, *dtail;     /* [B, parts, J, N], [B, J - 1, N] */
@@ -54,8 +55,8 @@ static void forward_part(const Conv *s, int64_t b, int64_t begin, int64_t end, i
         convolve(in, s->weight, s->taps, n, y);
         EACH(int64_t i = 0; i < n; i++) y[i] *= logistic(y[i]);
         for (int64_t first = 0; s->unit && first < n; first += s->size) {
-            const real inverse = inverse_length(s, y + first);
-            EACH(int64_t i = first; i < first + s->size; i++) y[i] *= inverse;
+            const real factor = inverse_length(s, y + first) * (real)s->length;
+            EACH(int64_t i = first; i < first + s->size; i++) y[i] *= factor;
         }
     }
 }
@@ -74,8 +75,9 @@ static void output_grad(const Conv *s, int64_t b, int64_t t, const real *const *
         const real *dy = s->dy.at + b * s->dy.batch + t * s->dy.row + first, *row = y + first;
         const real inverse = inverse_length(s, row);
         const real along = s->unit ? dot(dy, row, s->size) * inverse * inverse : 0;
+        const real factor = inverse * (real)s->length;
         EACH(int64_t i = 0; i < s->size; i++)
-            grad[first + i] = (dy[i] - along * row[i]) * inverse * slope[first + i];
+            grad[first + i] = (dy[i] - along * row[i]) * factor * slope[first + i];
     }
 }
 

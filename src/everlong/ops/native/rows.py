@@ -26,36 +26,42 @@ class _Conv(ctypes.Structure):
 
     _fields_ = [
         *integers("batch tokens width taps size unit threads parts"),
+        ("length", ctypes.c_double),
         *((name, Rows) for name in ("x", "y", "dx", "dy")),
         *pointers("weight tail dweight dtail"),
     ]
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> "_Conv":
+    def of(
+        cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, length: float | None
+    ) -> "_Conv":
         """For x [B, T, N], weight [J, N] and tail [B, J-1, N]."""
         threads = threads_for(x.numel())
         parts = max(1, min(threads, -(-x.shape[1] // 64)))
-        conv = cls(*x.shape, len(weight), size, unit, threads, parts)
+        unit = length is not None
+        conv = cls(*x.shape, len(weight), size, unit, threads, parts, length or 1.0)
         conv.x = Rows.of(x.unsqueeze(1))
         conv.weight, conv.tail = weight.data_ptr(), tail.data_ptr()
         return conv
 
 
 class ConvSilu(torch.autograd.Function):
-    """silu(conv(x)), and where `unit` each `size` of its channels at unit length.
+    """silu(conv(x)), and each `size` of its channels at a length, where one is given.
 
     x: [B, T, N], N a multiple of size; weight [N, J]; tail [B, J-1, N]. Keeps its inputs alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, size: int, unit: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, size: int, length: float | None
+    ) -> Tensor:
         x, weight, tail = dense(x), weight.mT.contiguous(), tail.contiguous()
         y = room(x, x.shape)
-        conv = _Conv.of(x, weight, tail, size, unit)
+        conv = _Conv.of(x, weight, tail, size, length)
         conv.y = Rows.of(y.unsqueeze(1))
         library(x.dtype).call("everlong_conv_forward", conv)
         ctx.save_for_backward(x, weight, tail)
-        ctx.size, ctx.unit = size, unit
+        ctx.size, ctx.length = size, length
         return y
 
     @staticmethod
@@ -63,7 +69,7 @@ class ConvSilu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, tail = ctx.saved_tensors
         dy, dx, dtail = dense(dy), room(x, x.shape), torch.empty_like(tail)
-        conv = _Conv.of(x, weight, tail, ctx.size, ctx.unit)
+        conv = _Conv.of(x, weight, tail, ctx.size, ctx.length)
         dweight = x.new_empty(x.shape[0] * conv.parts, *weight.shape)
         conv.dx, conv.dy = Rows.of(dx.unsqueeze(1)), Rows.of(dy.unsqueeze(1))
         conv.dweight, conv.dtail = dweight.data_ptr(), dtail.data_ptr()
