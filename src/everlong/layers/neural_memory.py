@@ -1,6 +1,7 @@
 """The neural memory as a layer: projections, gates and initialisation around the op."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from everlong.ops.state import check_kind
 
 
 GELU_SQUARE = 0.4252  # the mean of gelu(x)^2 where x is normal
+STABLE = 2.0  # step times curvature above which gradient descent overshoots more and more
 ALIKE = 1 / 8  # how much two tokens' inner gradients have in common in a fresh memory, about
 
 
@@ -95,7 +97,7 @@ class NeuralMemory(Layer):
         unit_scale: bool = True,
         norm_floor: float = 0.7,
         normalize_values: bool = True,
-        max_learning_rate: float = 6.0,
+        max_learning_rate: float = 4.0,
         write_threshold: float = 0.0,
         initial_alpha: float | Sequence[float] = 1e-4,
         initial_eta: float = 0.5,
@@ -128,6 +130,12 @@ class NeuralMemory(Layer):
             raise ValueError(f"write_threshold must lie in [0, 1), got {write_threshold}")
         alphas = _spread(initial_alpha, num_heads)
         _check_gates(initial_alpha=alphas, initial_eta=[initial_eta], initial_theta=[initial_theta])
+        if unit_scale and initial_theta * max_learning_rate > STABLE:
+            warnings.warn(
+                f"a fresh memory is beyond stability: initial_theta x max_learning_rate is "
+                f"{initial_theta * max_learning_rate:.3g}, {STABLE:g} at most are safe: lower one of them",
+                stacklevel=2,
+            )
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.depth, self.chunk_size = depth, chunk_size
         self.momentum, self.decay = momentum, decay
@@ -151,7 +159,9 @@ class NeuralMemory(Layer):
         self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
         floor = norm_floor if residual_norm else None
-        scales = _Scales.unit(sizes, chunk_size, floor) if unit_scale else _Scales.plain(sizes, chunk_size)
+        scales = (
+            _Scales.unit(sizes, chunk_size, floor) if unit_scale else _Scales.plain(sizes, chunk_size)
+        )
         self.units, self.max_thetas = scales.units, [max_learning_rate * step for step in scales.steps]
         self.memory_init = nn.ModuleList(
             Weight(num_heads, *shape, start=partial(nn.init.normal_, std=std))
@@ -165,11 +175,21 @@ class NeuralMemory(Layer):
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
         self.tie_queries()
 
+    @torch.no_grad()
     def tie_queries(self) -> None:
-        """The queries' projection starts as the keys': what is alike is found from the first step."""
-        if not getattr(self.q_proj.weight, "_is_hf_initialized", False):  # it was not loaded
-            with torch.no_grad():
-                self.q_proj.weight.copy_(self.k_proj.weight)
+        """A token's query starts as the key of the token behind it, as far as that is known: the same
+        projection, and taps that lie one token later. So what followed something is found from the first
+        step on.
+        """
+
+        def is_loaded(parameter: Tensor) -> bool:
+            return getattr(parameter, "_is_hf_initialized", False)
+
+        if not is_loaded(self.q_proj.weight):
+            self.q_proj.weight.copy_(self.k_proj.weight)
+        if self.conv is not None and not is_loaded(self.conv.weight):
+            q, k, _ = self.conv.weight.chunk(3)
+            q[:, 1:].copy_(k[:, :-1])
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""

@@ -85,9 +85,7 @@ class Gate(OwnStart):
     No `nn.Linear`, whose biases are zeroed by anyone who initialises a model.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, initial: float | Sequence[float]
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, initial: float | Sequence[float]) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features)
         self.weight, self.bias = linear.weight, linear.bias

@@ -32,9 +32,7 @@ class _Conv(ctypes.Structure):
     ]
 
     @classmethod
-    def of(
-        cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, length: float | None
-    ) -> "_Conv":
+    def of(cls, x: Tensor, weight: Tensor, tail: Tensor, size: int, length: float | None) -> "_Conv":
         """For x [B, T, N], weight [J, N] and tail [B, J-1, N]."""
         threads = threads_for(x.numel())
         parts = max(1, min(threads, -(-x.shape[1] // 64)))
