@@ -22,7 +22,7 @@ ALLOWED = {
     "words": {"rich"},
     "strict_yaml": {"yaml", ".words"},
     "hub": {"huggingface_hub", ".words"},
-    "files": {"filelock"},
+    "files": {"filelock", ".words"},
     "data": {"*", ".files", ".hub", ".words"},
     "allocator": set(),
     "provenance": {"*"},

@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn
 
 from everlong import __version__, strict_yaml
+from everlong.files import place
 from everlong.words import nearest, one_line, parse_size, plain
 
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
@@ -46,6 +48,14 @@ def number(
         return value
 
     return read
+
+
+def _place(text: str) -> str:
+    """A file or folder."""
+    try:
+        return place(text, "the name")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _temperature(text: str) -> float:
@@ -161,8 +171,12 @@ def _add_train(commands: Any) -> None:
         "--output_dir runs/mine.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file or a known name")
-    train.add_argument("--resume", metavar="RUN_FOLDER", help="continue from its last checkpoint")
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", type=expanduser, help="a YAML file or a known name"
+    )
+    train.add_argument(
+        "--resume", metavar="RUN_FOLDER", type=expanduser, help="continue from its last checkpoint"
+    )
     train.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in the same folder"
     )
@@ -183,17 +197,24 @@ def _add_runs(commands: Any) -> None:
         nargs="*",
         default=["runs"],
         metavar="FOLDER",
+        type=_place,
         help="a run, or what holds some (runs)",
     )
     runs.add_argument("--compare", action="store_true", help="also the fields that differ")
-    runs.add_argument("--picture", metavar="FILE", help="draw their losses into one picture")
+    runs.add_argument(
+        "--picture", metavar="FILE", type=_place, help="draw their losses into one picture"
+    )
     runs.set_defaults(run=_runs)
 
 
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
     evaluate.add_argument(
-        "models", nargs="+", metavar="MODEL", help="a folder with a model, or a hub id"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        type=expanduser,
+        help="a folder with a model, or a hub id",
     )
     evaluate.add_argument(
         "--tasks",
@@ -211,7 +232,12 @@ def _add_eval(commands: Any) -> None:
         default=0,
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
-    evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi (simulated)")
+    evaluate.add_argument(
+        "--stories",
+        metavar="FOLDER",
+        type=expanduser,
+        help="the files of bAbI, for babi (simulated)",
+    )
     evaluate.add_argument(
         "--setting",
         default="auto",
@@ -220,12 +246,17 @@ def _add_eval(commands: Any) -> None:
         "(auto: the first for models trained on it)",
     )
     evaluate.add_argument(
-        "--babilong", metavar="FOLDER", help="its published samples, instead of simulated ones"
+        "--babilong",
+        metavar="FOLDER",
+        type=expanduser,
+        help="its published samples, instead of simulated ones",
     )
     evaluate.add_argument(
         "--chat_template", action="store_true", help="put niah's prompts as a user's message"
     )
-    evaluate.add_argument("--data_dir", metavar="DIR", help="local data sets of lm-eval's tasks")
+    evaluate.add_argument(
+        "--data_dir", metavar="DIR", type=expanduser, help="local data sets of lm-eval's tasks"
+    )
     evaluate.add_argument(
         "--num_fewshot", type=number(), help="examples in lm-eval's tasks (lm-eval's own)"
     )
@@ -235,9 +266,13 @@ def _add_eval(commands: Any) -> None:
         default=32768,
         help="read at a time, all texts together (32,768); fewer take less memory",
     )
-    evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
+    evaluate.add_argument(
+        "--source", type=expanduser, help="text: a file, a folder, a pattern or package:NAME"
+    )
     evaluate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the samples (0)")
-    evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
+    evaluate.add_argument(
+        "--out", required=True, metavar="DIR", type=_place, help="for results and pictures"
+    )
     evaluate.add_argument(
         "--overwrite", action="store_true", help="begin anew where --out holds an evaluation"
     )
@@ -248,10 +283,12 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text with a model."
     )
-    generate.add_argument("model", metavar="MODEL", help="a folder that training wrote")
+    generate.add_argument(
+        "model", metavar="MODEL", type=expanduser, help="a folder that training wrote"
+    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue; - reads it from stdin")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="read the text from a file")
+    prompt.add_argument("--prompt_file", metavar="FILE", type=_place, help="read the text from a file")
     generate.add_argument("--max_new_tokens", type=number(low=1), default=200, help="at most (200)")
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)"
@@ -275,13 +312,16 @@ def _add_tokenizer(commands: Any) -> None:
         "--source",
         required=True,
         action="append",
+        type=expanduser,
         help="text: a file (text, JSONL, Parquet), a folder, a pattern, package:NAME or "
         "hub:OWNER/NAME; may be given several times",
     )
     tokenizer.add_argument(
         "--vocab_size", type=number(high=MAX_VOCABULARY), default=8192, help="at most (8192)"
     )
-    tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
+    tokenizer.add_argument(
+        "--out", required=True, metavar="FOLDER", type=_place, help="for the tokenizer"
+    )
     tokenizer.add_argument(
         "--overwrite", action="store_true", help="replace an earlier tokenizer in the same folder"
     )
@@ -302,7 +342,7 @@ def _add_demo(commands: Any) -> None:
         "training length, and draw the picture. With --full, what is done is not done again.",
     )
     demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
-    demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
+    demo.add_argument("--out", metavar="DIR", type=_place, help="instead of runs/demo")
     demo.add_argument(
         "--overwrite", action="store_true", help="replace other runs in its folders, of another recipe"
     )
@@ -324,8 +364,8 @@ def _add_data(commands: Any) -> None:
         help="write simulated stories",
         description="Write simulated stories as bAbI's files, for training and for tests.",
     )
-    check.add_argument("folder", metavar="FOLDER", help="with qa1_..._train.txt and so on")
-    write.add_argument("folder", metavar="FOLDER", help="for the files")
+    check.add_argument("folder", metavar="FOLDER", type=_place, help="with qa1_..._train.txt and so on")
+    write.add_argument("folder", metavar="FOLDER", type=_place, help="for the files")
     write.add_argument("--tasks", default="qa1,qa2,qa3,qa4,qa5", help="of qa1 to qa10, by commas")
     write.add_argument(
         "--stories",

@@ -16,12 +16,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from everlong.words import is_text
+
 LOCK = ".lock"  # in a folder that a process writes to: which one does
 UNFINISHED = "unfinished"  # names what is still being written
 
 
 class NotWritten(OSError):
     """Something could not be written; the message says what, and why."""
+
+
+def place(name: str, what: str) -> str:
+    """The file or folder that a user names as `what`, with ~ written out. Raises ValueError if the name
+    is empty: Path takes that for the folder one is in."""
+    if not name:
+        raise ValueError(f"{what} is empty: name a file or folder")
+    return os.path.expanduser(name)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -160,10 +170,14 @@ def hold(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is not there; a folder that is made and
     stays empty goes again. The system lets go of it when this process dies.
 
-    Raises ValueError where another process holds the folder, and where it is a file.
+    Raises ValueError where another process holds the folder, where it is a file, and where its name is
+    no UTF-8, since libraries would find no place in it to write to.
     """
     from filelock import FileLock, Timeout
 
+    for name in (str(folder), folder.resolve().name):
+        if not is_text(name):
+            raise ValueError(f"{name} is no UTF-8: give the folder another name")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
     is_new = not folder.exists()

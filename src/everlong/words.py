@@ -56,6 +56,11 @@ def size_of(text: str) -> int:
     return int(text) if unit is None else int(text[:-1]) * unit
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: a name of a file that is none holds halves of letters."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def plain(text: object) -> str:
     r"""A text with all that does not show, and that a terminal, a page or a file might act on or choke
     on, written out: "\x1b" for the escape character."""

@@ -14,6 +14,7 @@ seed, output_dir, name: see Recipe
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ import yaml
 from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
 from everlong.data.tokenizer import BYTES
-from everlong.files import write_file
+from everlong.files import place, write_file
 from everlong.provenance import RECIPE_FILE
 from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
@@ -35,6 +36,8 @@ from .model import WRAPPED, build_model_config
 
 NAME = r"(?!\.+$)[^/\\\0]{1,200}"  # of one folder
 INNER = "model.base_config."
+# Fields of `data` that may name files or folders.
+PLACES = ("source", "validation_source", "tokenizer", "folder", "cache_folder")
 
 
 @dataclass
@@ -93,6 +96,8 @@ class Recipe:
     output_dir: the run folder; runs/NAME if not given.
     seed: of the initial weights and of the training samples.
     name: what reports call it; the file's name if not given.
+
+    A folder may be given from the home folder on, as ~/runs.
     """
 
     model: dict[str, Any]
@@ -112,6 +117,16 @@ class Recipe:
             )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0 ... {(1 << 32) - 1}, got {self.seed}")
+        self._find_home()
+
+    def _find_home(self) -> None:
+        """Write ~ out wherever a file or folder is named."""
+        if self.output_dir is not None:
+            self.output_dir = place(self.output_dir, "output_dir")
+        if "path" in self.model:
+            self.model = {**self.model, "path": _at_home(self.model["path"])}
+        named = {name: getattr(self.data, name, None) for name in PLACES}
+        self.data = replace(self.data, **{n: _at_home(value) for n, value in named.items() if value})
 
     def to_yaml(self) -> str:
         """The recipe with all that its file leaves to defaults but the model's and Trainer's own."""
@@ -125,6 +140,13 @@ class Recipe:
     def run_folder(self) -> Path:
         """The folder that training writes to."""
         return Path(self.output_dir or Path("runs") / (self.name or "unnamed"))
+
+
+def _at_home(value: Any) -> Any:
+    """A name, or each of several, with the home folder in the place of ~; of other values nothing."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def known_recipes() -> dict[str, Path]:
@@ -163,7 +185,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_override_names(pairs, task)
     values = _parse(path, pairs, task)
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
-    loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
+    name = path.stem if values["name"] is None else values["name"]
+    loaded = Recipe(**parts, **{**values, "name": name})
     config = build_model_config(loaded)
     if loaded.model.get("type") not in WRAPPED:  # these read all there is
         check_fit(loaded.data, config)

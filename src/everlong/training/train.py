@@ -103,7 +103,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     overrides: as for `load_recipe`, over the run's own recipe. What they change of the learning rate
     holds from the next step on.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for file in (RECIPE_FILE, PROVENANCE_FILE):
         if not Path(folder, file).is_file():
             raise ValueError(f"{folder} is not a run folder: it has no {file}")

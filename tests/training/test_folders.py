@@ -1,0 +1,100 @@
+"""Folders as users name them: the home folder, what is no name, and what a run may delete."""
+
+import re
+
+import pytest
+import yaml
+
+from everlong.cli import main
+from everlong.training import load_recipe, resume, train
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, and a place without a folder that is called ~."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def error_of(arguments, capsys):
+    """The one line on stderr of a command that is refused."""
+    assert main([str(each) for each in arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("everlong: error: ")
+    return line
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_recipe_names_one(
+    home, tiny_recipe, text_folder, tmp_path
+):
+    text_folder.rename(home / "text")
+    path = tiny_recipe(max_steps=2)
+    train(load_recipe(path, ["--output_dir=~/first", "--data.source=~/text"]))
+    assert (home / "first" / "checkpoint-2").is_dir()
+    assert resume("~/first", ["--training.max_steps=3"])["steps"] == 3
+    recipe = yaml.safe_load(path.read_text())
+    recipe |= {"model": {"path": "~/first"}, "output_dir": "~/second"}
+    recipe["data"] |= {"task": "text", "source": ["~/text"], "cache_folder": "~/cache"}
+    recipe["data"] |= {"tokenizer": "~/first", "validation_source": "~/text/0.txt"}
+    path.write_text(yaml.safe_dump(recipe))
+    train(load_recipe(path))
+    assert (home / "second" / "result.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_options(home, tiny_recipe, text_folder, tmp_path, capsys):
+    text_folder.rename(home / "text")
+    recipe = ["--output_dir=~/run", "--data.source=~/text"]
+    assert main(["train", str(tiny_recipe(max_steps=2)), *recipe]) == 0
+    assert main(["train", "--resume=~/run", "--training.max_steps=3"]) == 0
+    assert main(["runs", "~/run", "--picture=~/loss.png"]) == 0
+    asked = ["--lengths=96", "--samples=1", "--source=~/text"]
+    assert main(["eval", "~/run", *asked, "--out=~/scores"]) == 0
+    assert main(["tokenizer", "--source=~/text", "--vocab_size=270", "--out=~/bpe"]) == 0
+    asked = ["--prompt_file=~/text/0.txt", "--max_new_tokens=1"]
+    assert main(["generate", "~/run", *asked]) == 0
+    for name in ("run/result.json", "loss.png", "scores/results.json", "bpe/tokenizer.json"):
+        assert (home / name).is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_before_the_work(
+    tiny_recipe, text_folder, tmp_path, capsys, monkeypatch
+):
+    """Its model could not be written: safetensors and tokenizers take UTF-8 alone."""
+    bad = tmp_path / "half\udcff"
+    monkeypatch.chdir(tmp_path)
+    train = ["train", tiny_recipe()]
+    tokenizer = ["tokenizer", "--source", text_folder, "--vocab_size", "270", "--out", bad]
+    for command in ([*train, "--output_dir", bad], [*train, "--name", bad.name], tokenizer):
+        assert r"half\udcff is no UTF-8: give the folder another name" in error_of(command, capsys)
+    assert not bad.exists()
+    bad.mkdir()
+    monkeypatch.chdir(bad)  # the name of what it stands for
+    error = error_of([*train, "--output_dir", "."], capsys)
+    assert r"half\udcff is no UTF-8: give the folder another name" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "RECIPE", "--output_dir="], "output_dir is empty: name a file or folder"),
+        (["train", "RECIPE", "--name="], "name is that of a folder: .*got ''"),
+        (["runs", ""], "argument FOLDER: the name is empty"),
+        (["runs", ".", "--picture", ""], "argument --picture: the name is empty"),
+        (["eval", "m", "--out="], "argument --out: the name is empty"),
+        (["tokenizer", "--source=s", "--out="], "argument --out: the name is empty"),
+        (["demo", "--out="], "argument --out: the name is empty"),
+        (["generate", "m", "--prompt_file="], "argument --prompt_file: the name is empty"),
+        (["data", "babi-check", ""], "argument FOLDER: the name is empty"),
+        (["data", "babi-write", ""], "argument FOLDER: the name is empty"),
+    ],
+)
+def test_an_empty_name_of_a_folder_is_no_default(
+    arguments, message, tiny_recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tiny_recipe()) if each == "RECIPE" else each for each in arguments]
+    assert re.search(message, error_of(arguments, capsys))
