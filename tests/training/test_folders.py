@@ -98,3 +98,87 @@ def test_an_empty_name_of_a_folder_is_no_default(
     monkeypatch.chdir(tmp_path)
     arguments = [str(tiny_recipe()) if each == "RECIPE" else each for each in arguments]
     assert re.search(message, error_of(arguments, capsys))
+
+
+def finished(tiny_recipe, tmp_path, model="titans", **training):
+    """A run that has ended, and the command that would put another in its place."""
+    path = tiny_recipe(model, **{"max_steps": 2, **training})
+    command = ["train", str(path), "--output_dir", str(tmp_path / "run")]
+    asked = ["--evaluation.tasks=[needle]", "--evaluation.lengths=[96]", "--evaluation.samples=1"]
+    assert main([*command, *asked]) == 0
+    return tmp_path / "run", [*command, "--overwrite"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("model", ["titans", "llama"])
+def test_all_that_a_run_writes_is_its_own(model, tiny_recipe, tmp_path):
+    folder, command = finished(tiny_recipe, tmp_path, model)
+    assert (folder / "evaluation" / "results.json").exists()
+    assert main([*command, "--training.save_strategy=no"]) == 0
+    assert not (folder / "evaluation").exists()
+    assert not (folder / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thesis.txt",
+        "README.md",
+        "other/recipe.yaml",
+        "checkpoint-2/notes.md",
+        "checkpoint-2/again/recipe.yaml",
+        "evaluation/notes.md",
+        "evaluation/samples/mine.txt",
+        "tensorboard/notes.md",
+        "checkpoint-old/model.safetensors",
+        "link",
+    ],
+)
+def test_a_run_folder_with_something_else_in_it_is_not_overwritten(name, tiny_recipe, tmp_path, capsys):
+    folder, command = finished(tiny_recipe, tmp_path)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name == "link":
+        path.symlink_to(tmp_path / "text")
+    else:
+        path.write_text("mine")
+    before = contents(folder)
+    what = "another run" if name.endswith("recipe.yaml") else "no part of its run"
+    assert f"{folder} holds {name}, which is {what}" in error_of(command, capsys)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.path", "."),
+        ("model.path", "checkpoint-2"),
+        ("data.tokenizer", "."),
+        ("data.source", "text"),
+        ("data.source", "text/1.txt"),
+        ("data.source", "text/*.txt"),
+        ("data.validation_source", "text"),
+        ("data.validation_source", "../link"),
+    ],
+)
+def test_what_a_recipe_reads_is_not_overwritten(
+    field, value, tiny_recipe, text_folder, tmp_path, capsys, monkeypatch
+):
+    folder, command = finished(tiny_recipe, tmp_path)
+    texts = text_folder.rename(folder / "text") if "text" in value or "link" in value else text_folder
+    (tmp_path / "link").symlink_to(folder / "text")
+    recipe = yaml.safe_load((tmp_path / "tiny-titans.yaml").read_text())
+    recipe["data"] |= {"task": "text", "source": str(texts), "cache_folder": str(tmp_path / "cache")}
+    part, _, name = field.partition(".")
+    if part == "model":
+        recipe["model"] = {}
+    recipe[part][name] = str(folder / value)
+    (tmp_path / "tiny-titans.yaml").write_text(yaml.safe_dump(recipe))
+    before = contents(folder)
+    error = error_of(command, capsys)
+    assert re.search(rf"data.source|{re.escape(field)}", error)
+    assert f"lies in {folder}, which --overwrite would delete" in error
+    assert contents(folder) == before

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -40,7 +39,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from everlong.allocator import keep_freed_memory
 from everlong.data import gives_back
 from everlong.files import (
-    LOCK,
     NotWritten,
     aside_of,
     check_output,
@@ -57,6 +55,7 @@ from .arguments import build_training_arguments
 from .carry import MemoryTrainer
 from .changes import check_changes, identity
 from .checkpoint import check_whole, describe_last, last_checkpoint, reading, seal, step_of
+from .folder import check_deletable, delete_run
 from .guards import Watch
 from .model import build_model
 from .processes import any_process, is_main, lost_processes, num_processes, together
@@ -78,7 +77,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
     """Train the recipe's model from the start, in `recipe.run_folder`.
 
-    overwrite: delete an earlier run in that folder; without it such a folder is refused.
+    overwrite: delete an earlier run in that folder; without it such a folder is refused, and so is one
+        that holds anything but that run, or what the recipe reads.
     Returns what result.json holds: parameters, steps, tokens, seconds, tokens_per_second, loss.
     Raises NonFiniteError at a loss or gradient that is not finite. Ctrl-C finishes the step, saves
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
@@ -93,6 +93,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
                 overwrite=overwrite,
                 otherwise=f"continue it with --resume {folder}, ",
             )
+            check_deletable(recipe, folder)
         return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
 
 
@@ -284,14 +285,10 @@ def _draw(folder: Path, progress: TrainingProgress) -> None:
 
 
 def _prepare_folder(recipe: Recipe, about: dict[str, Any]) -> None:
-    """An empty run folder, but for what the run is."""
+    """A run folder without an earlier run, and with what the new one is."""
     folder = recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    delete_run(folder)
     _write_recipe(recipe, about)
 
 
