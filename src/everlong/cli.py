@@ -426,12 +426,18 @@ def _train(options: argparse.Namespace) -> int:
         print(load_recipe(recipe, options.overrides).to_yaml(), end="")
         return 0
     if options.resume:
-        result = resume(options.resume, options.overrides)
         folder = Path(options.resume)
+        resume(folder, options.overrides, then=lambda result: _finish(folder, result))
     else:
         recipe = load_recipe(options.recipe, options.overrides)
-        result = train(recipe, overwrite=options.overwrite)
         folder = recipe.run_folder
+        train(recipe, overwrite=options.overwrite, then=lambda result: _finish(folder, result))
+    leave()
+    return 0
+
+
+def _finish(folder: Path, result: dict[str, Any]) -> None:
+    """Say what training came to, and score the model."""
     if _is_main():
         print(
             f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
@@ -439,8 +445,6 @@ def _train(options: argparse.Namespace) -> int:
             f"The model is in {folder}"
         )
     _score(folder)
-    leave()
-    return 0
 
 
 def _score(folder: Path) -> None:

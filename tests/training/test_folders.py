@@ -1,10 +1,12 @@
 """Folders as users name them: the home folder, what is no name, and what a run may delete."""
 
+import json
 import re
 
 import pytest
 import yaml
 
+from everlong import cli
 from everlong.cli import main
 from everlong.training import load_recipe, resume, train
 
@@ -182,3 +184,28 @@ def test_what_a_recipe_reads_is_not_overwritten(
     assert re.search(rf"data.source|{re.escape(field)}", error)
     assert f"lies in {folder}, which --overwrite would delete" in error
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_holds_its_folder_until_it_is_scored(resumed, tiny_recipe, tmp_path, capsys, monkeypatch):
+    folder, command = finished(tiny_recipe, tmp_path)
+    score, errors = cli._score, []
+
+    def scored_while_another_starts(place):
+        monkeypatch.setattr(cli, "_score", score)
+        errors.append(error_of(command, capsys))
+        score(place)
+
+    monkeypatch.setattr(cli, "_score", scored_while_another_starts)
+    assert main(["train", "--resume", str(folder)] if resumed else command) == 0
+    assert f"{folder} is being written to by process" in errors[0]
+
+
+def test_an_end_that_was_not_told_in_full_is_told_anew(tiny_recipe, tmp_path, capsys):
+    folder, _ = finished(tiny_recipe, tmp_path)
+    file = folder / "result.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({"steps": 2}))
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert json.loads(file.read_text())["parameters"] == whole["parameters"]
+    assert f"{whole['parameters']:,} parameters" in capsys.readouterr().out

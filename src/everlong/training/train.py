@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -69,16 +69,25 @@ from .tensorboard import Logs
 # Of a group of parameters: what the recipe says, and not the checkpoint of a run that it has continued.
 SET_BY_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
 
+# Of a result: what is told of a run that has ended. Without it the end is written anew.
+TOLD = {"parameters": int, "tokens": int, "seconds": float, "tokens_per_second": float}
+
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C; the message says where the last checkpoint is."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    then: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Train the recipe's model from the start, in `recipe.run_folder`.
 
     overwrite: delete an earlier run in that folder; without it such a folder is refused, and so is one
         that holds anything but that run, or what the recipe reads.
+    then: done with the result as long as no other process may write to the folder.
     Returns what result.json holds: parameters, steps, tokens, seconds, tokens_per_second, loss.
     Raises NonFiniteError at a loss or gradient that is not finite. Ctrl-C finishes the step, saves
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
@@ -94,10 +103,17 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
                 otherwise=f"continue it with --resume {folder}, ",
             )
             check_deletable(recipe, folder)
-        return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
+        result = _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
+        then(result)
+        return result
 
 
-def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    then: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Continue the run in a folder from its last checkpoint; otherwise like `train`.
 
     A run that was killed before its first one starts anew, one that has ended is left as it is.
@@ -112,23 +128,30 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError("a run is resumed in its own folder: leave --output_dir out")
     recipe = load_recipe(folder / RECIPE_FILE, overrides)
     with _alone(folder):
-        checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
-        result = _ended(folder, checkpoint, steps)
-        if result is not None:
-            if overrides:
-                _check_unchanged(recipe, folder)
-            if is_main():
-                text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
-                Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
-            return result
-        if checkpoint is not None:
-            check_whole(checkpoint, steps)
-        elif (folder / RESULT_FILE).is_file():
-            raise ValueError(
-                f"{folder} holds no checkpoint to resume from: "
-                "train it anew with --overwrite, with training.save_steps below training.max_steps"
-            )
-        return _run(replace(recipe, output_dir=str(folder)), checkpoint)
+        result = _go_on(recipe, folder, changed=bool(overrides))
+        then(result)
+        return result
+
+
+def _go_on(recipe: Recipe, folder: Path, *, changed: bool) -> dict[str, Any]:
+    """Train on from a folder's last checkpoint, unless the run there has ended."""
+    checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
+    result = _ended(folder, checkpoint, steps)
+    if result is not None:
+        if changed:
+            _check_unchanged(recipe, folder)
+        if is_main():
+            text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
+            Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+        return result
+    if checkpoint is not None:
+        check_whole(checkpoint, steps)
+    elif (folder / RESULT_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from: "
+            "train it anew with --overwrite, with training.save_steps below training.max_steps"
+        )
+    return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
 def _check_unchanged(recipe: Recipe, folder: Path) -> None:
@@ -159,7 +182,7 @@ def _ended(folder: Path, checkpoint: str | None, steps: int) -> dict[str, Any] |
     if not any(folder.glob("model*.safetensors")):
         return None
     try:
-        result = read_record(folder / RESULT_FILE)
+        result = read_record(folder / RESULT_FILE, **TOLD)
     except (OSError, ValueError):
         return None
     reached = steps if checkpoint is None else step_of(checkpoint)
