@@ -264,3 +264,39 @@ def test_the_rivals_have_as_many_parameters_and_as_many_steps():
 
 def _model(recipe):
     return AutoModelForCausalLM.from_config(build_model_config(recipe))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lengths=[96, 200, 300]"], r"up to 300 tokens.*takes 256 .*lengths=\[96, 200\]"),
+        ([], r"lengths go up to 4,096 tokens.*takes 256 at most: set --evaluation.lengths=\[256\]"),
+        (["lengths=[99999999]"], "lengths are 67,108,864 tokens at most, got 99,999,999"),
+        (["samples=2m"], "samples must be at most 1,048,576, got 2,097,152"),
+        (["held_out_samples=2m"], "held_out_samples must be at most 1,048,576"),
+    ],
+)
+def test_what_the_model_could_not_be_scored_on_is_refused_before_training(
+    overrides, message, tiny_recipe
+):
+    asked = ["--evaluation.tasks=[needle]", *(f"--evaluation.{each}" for each in overrides)]
+    path = tiny_recipe()
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, ["--model.max_position_embeddings=256", *asked])
+    load_recipe(path, ["--model.max_position_embeddings=256"])
+    load_recipe(tiny_recipe("titans"), ["--evaluation.tasks=[needle]"])  # which has no limit
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.per_device_train_batch_size=100000000", "must be at most 1,048,576"),
+        ("--training.per_device_eval_batch_size=2000000", "must be at most 1,048,576"),
+        ("--training.gradient_accumulation_steps=2000000", "must be at most 1,048,576"),
+        ("--training.dataloader_num_workers=100000", "must be at most 1,024, got 100,000"),
+        ("--data.length=999999999m", "length must be at most 67,108,864 tokens"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused(override, message, tiny_recipe):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tiny_recipe(), [override])

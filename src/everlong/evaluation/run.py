@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from everlong.data.config import digest
+from everlong.data.config import LONGEST, MOST_SAMPLES, digest
 from everlong.files import check_output, hold
 from everlong.pictures import short_name
 from everlong.words import file_name, parse_size, plain
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 LENGTHS = "lengths are token numbers such as 512,1k,1m"
 SAMPLES = "samples are a number, or numbers up to lengths such as 16k:100,128k:20"
-LONGEST, MOST_SAMPLES = 1 << 26, 1 << 20  # what is read in days, and fits into a memory
 SHOWN = 5  # samples of each cell that a report shows
 
 

@@ -8,6 +8,7 @@ import enum
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from everlong.data.config import MOST_SAMPLES
 from everlong.words import check_names, one_line
 
 from .processes import launch_defaults
@@ -37,6 +38,13 @@ LEAST = {
     "save_total_limit": (1, True),
     "warmup_steps": (0, True),
     "weight_decay": (0, True),
+}
+# The largest: beyond, the work of one step would not fit into any machine.
+MOST = {
+    "dataloader_num_workers": 1 << 10,
+    "gradient_accumulation_steps": MOST_SAMPLES,
+    "per_device_eval_batch_size": MOST_SAMPLES,
+    "per_device_train_batch_size": MOST_SAMPLES,
 }
 # Arguments that would do something else than they say, and why.
 REFUSED = {
@@ -153,6 +161,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if not (least < value < math.inf or (itself and value == least)):  # NaN is not either
             words = "at least" if itself else "more than"
             raise ValueError(f"training.{name} must be {words} {least}, got {value}: give a finite one")
+        if value > MOST.get(name, math.inf):
+            raise ValueError(f"training.{name} must be at most {MOST[name]:,}, got {value:,}")
 
 
 def check_given(values: dict[str, Any], types: dict[str, Any], prefix: str) -> None:

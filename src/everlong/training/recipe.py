@@ -25,13 +25,14 @@ import yaml
 
 from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
+from everlong.data.config import LONGEST, MOST_SAMPLES
 from everlong.data.tokenizer import BYTES
 from everlong.files import place, write_file
 from everlong.provenance import RECIPE_FILE
 from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
 from .arguments import argument_types, build_training_arguments, check_given
-from .fit import check_fit
+from .fit import check_fit, check_lengths
 from .model import WRAPPED, build_model_config
 
 NAME = r"(?!\.+$)[^/\\\0]{1,200}"  # of one folder
@@ -58,13 +59,20 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name in ("held_out_samples", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+            if value > MOST_SAMPLES:
+                raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value:,}")
         for task in self.tasks:
             if task not in HAYSTACKS:
                 raise ValueError(_unknown("evaluation.tasks", task, HAYSTACKS))
         if self.tasks and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"evaluation.lengths are token numbers, got {self.lengths}")
+        if max(self.lengths, default=0) > LONGEST:
+            raise ValueError(
+                f"evaluation.lengths are {LONGEST:,} tokens at most, got {max(self.lengths):,}"
+            )
 
 
 @dataclass
@@ -190,6 +198,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     config = build_model_config(loaded)
     if loaded.model.get("type") not in WRAPPED:  # these read all there is
         check_fit(loaded.data, config)
+        if loaded.evaluation.tasks:
+            check_lengths(loaded.evaluation.lengths, config)
     _check_tasks(loaded)
     build_training_arguments(loaded)
     return loaded

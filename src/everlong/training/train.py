@@ -402,6 +402,7 @@ class EverlongTrainer(MemoryTrainer):
         return super()._get_output_dir(trial) if self.saving_in is None else str(self.saving_in)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        self.watch.check_weights(self.model, self.args, self.state)
         folder, step = Path(self.args.output_dir), self.state.global_step
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self.state.best_global_step == step:
@@ -426,6 +427,7 @@ class EverlongTrainer(MemoryTrainer):
 
     def save_trained(self) -> None:
         """Write the model and the tokenizer to the run folder."""
+        self.watch.check_weights(self.model, self.args, self.state)
         card = "README.md"
         with self._written_aside("the model") as aside:
             save_whole_model(self, aside)
