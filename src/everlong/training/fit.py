@@ -24,10 +24,10 @@ def check_lengths(lengths: Sequence[int], config: PretrainedConfig) -> None:
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if limit is None or getattr(model, "_is_stateful", False) or max(lengths) <= limit:
         return
+    fitting = [each for each in lengths if each <= limit] or [limit]
     raise ValueError(
         f"evaluation.lengths go up to {max(lengths):,} tokens, but this model takes {limit:,} at most: "
-        f"set --evaluation.lengths={[each for each in lengths if each <= limit] or [limit]}, or a larger "
-        "model.max_position_embeddings"
+        f"set --evaluation.lengths={fitting}, or a larger model.max_position_embeddings"
     )
 
 

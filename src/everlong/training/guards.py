@@ -182,7 +182,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _stopped(what: str, arguments: Any, state: Any, step: int | None = None) -> str:
     """step: of which it was found; the one behind those that are done if not given."""
+    step = state.global_step + 1 if step is None else step
     return (
-        f"{what} at step {state.global_step + 1 if step is None else step}; {describe_last(arguments.output_dir)}. A lower "
+        f"{what} at step {step}; {describe_last(arguments.output_dir)}. A lower "
         "training.learning_rate or training.max_grad_norm, or more training.warmup_steps, may help"
     )
