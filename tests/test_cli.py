@@ -534,6 +534,10 @@ def test_an_evaluation_is_known_by_its_samples_and_deletes_no_others(tiny, tmp_p
         (lambda record: record["scores"].update(tokens=float("nan")), "tokens nan"),
         (lambda record: record["scores"].pop("exact"), "exact None"),
         (lambda record: record.update(depth="x"), "depth 'x'"),
+        (lambda record: record.update(tokens=-1), "tokens -1"),
+        (lambda record: record.update(tokens=True), "tokens True"),
+        (lambda record: record.update(tokens=10**400), "tokens 1000"),
+        (lambda record: record.update(seconds=-0.5), "seconds -0.5"),
         (lambda record: record.pop("distance"), "no distance"),
     ],
 )

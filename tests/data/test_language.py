@@ -488,9 +488,7 @@ def test_suffixes_may_be_written_in_capitals(tmp_path):
 def test_records_that_are_not_read_are_no_text(name, tmp_path):
     (tmp_path / name).write_text("text\none\n")
     for source in (str(tmp_path / name), str(tmp_path / "a*")):
-        with pytest.raises(
-            ValueError, match=rf"{name} holds records of a kind that is not read: write"
-        ):
+        with pytest.raises(ValueError, match=f"{name} holds records of a kind that is not read"):
             list(read_pieces(source))
     with pytest.raises(ValueError, match="holds records"):
         load_text(tmp_path / name)

@@ -109,7 +109,8 @@ def kind_of(path: Path) -> Literal["text", "json", "parquet"]:
     name = path.name.lower()
     if name.endswith(UNREAD):
         raise ValueError(
-            f"{path} holds records of a kind that is not read: write its texts as JSONL, Parquet or *.txt"
+            f"{path} holds records of a kind that is not read: write its texts as JSONL, Parquet or "
+            "*.txt"
         )
     return "json" if name.endswith(JSON) else "parquet" if name.endswith(PARQUET) else "text"
 

@@ -103,7 +103,7 @@ class _Job:
         path = Path(subject.info.path)
         model = file_name(path.resolve().name if path.is_dir() else str(path)) or "_"
         name = f"{self.task.info.name}{length}-{hashed}"
-        return Samples(folder / model, name, rank, self.task.fault)
+        return Samples(folder / model, name, rank, count=self.count, fault=self.task.fault)
 
     def cost(self, subject: Subject, samples: int) -> int:
         """Tokens of so many samples, about."""
