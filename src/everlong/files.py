@@ -14,9 +14,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from everlong.words import is_text
+from everlong.words import is_text, one_line
 
 LOCK = ".lock"  # in a folder that a process writes to: which one does
 UNFINISHED = "unfinished"  # names what is still being written
@@ -84,9 +84,25 @@ def read_lines(path: Path) -> list[Any]:
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             values.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return values
+
+
+def read_record(file: Path, **fields: Any) -> dict[str, Any]:
+    """The record in a JSON file. Raises ValueError that names the file if it is none, or if one of
+    the fields is missing or of another type. (Of type `int | None` it may be missing.)"""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or cut short: {one_line(error)}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it holds no fields")
+    for name, kind in fields.items():
+        value = record.get(name)
+        if type(value) not in (get_args(kind) or (kind,)):
+            raise ValueError(f"{file} is damaged: {name} is {str(value)[:80]!r}")
+    return record
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 
 from everlong import strict_yaml
 from everlong.data.config import DataConfig
+from everlong.files import read_record
 from everlong.hub import from_hub
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
 from everlong.words import check_names, one_line
@@ -165,20 +165,6 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _result(file: Path) -> dict[str, Any]:
-    """What training came to, or stands at, as it wrote it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds no fields")
-    steps = found.get("steps", found.get("global_step"))
-    if steps is not None and type(steps) is not int:
-        raise ValueError(f"{file} is damaged: its steps are no number but {str(steps)[:80]!r}")
-    return found
-
-
 def _checked(recipe: Any, file: Path) -> dict[str, Any]:
     """A recipe whose fields that are asked for here have their types; {} of an empty file."""
     recipe = {} if recipe is None else recipe
@@ -244,7 +230,7 @@ def _subject(
     result = path / RESULT_FILE
     about = {"recipe": recipe["name"]} if recipe.get("name") else {}
     if result.is_file():
-        about |= _result(result)
+        about |= read_record(result, steps=int | None)
     info = ModelInfo(
         name=label,
         label=label,
@@ -288,7 +274,7 @@ def data_config(kind: type[Config], fields: dict[str, Any], path: str | Path) ->
 def _steps_of(folder: Path) -> int | None:
     """Steps that a checkpoint stands at, where it is one."""
     state = folder / "trainer_state.json"
-    return _result(state).get("global_step") if state.is_file() else None
+    return read_record(state, global_step=int | None).get("global_step") if state.is_file() else None
 
 
 def gguf_file(folder: Path) -> str | None:

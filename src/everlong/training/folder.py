@@ -9,13 +9,12 @@ from typing import Any
 
 from everlong.data.reading import HUB
 from everlong.data.text import PACKAGE, find_files
-from everlong.files import LOCK, UNFINISHED
+from everlong.files import LOCK, UNFINISHED, read_record
 from everlong.provenance import PROVENANCE_FILE, RECIPE_FILE, RESULT_FILE
 
 from .checkpoint import FILES
 from .progress import METRICS_FILE
 from .recipe import Recipe
-from .records import read_record
 from .runs import PICTURE_FILE
 
 CARD = "README.md"

@@ -43,6 +43,7 @@ from everlong.files import (
     aside_of,
     check_output,
     hold,
+    read_record,
     sync,
     whole_files,
     write_file,
@@ -61,7 +62,6 @@ from .model import build_model
 from .processes import any_process, is_main, lost_processes, num_processes, together
 from .progress import METRICS_FILE, TrainingProgress
 from .recipe import Recipe, load_recipe
-from .records import read_record
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 from .tensorboard import Logs
