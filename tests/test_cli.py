@@ -304,6 +304,15 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("generate m --prompt a --max_new_tokens 0", "--max_new_tokens must be .*got 0"),
         ("generate m --prompt a --max_new_tokens x", "--max_new_tokens: .*got 'x'"),
         ("generate m --prompt a --seed 99999999999", "--seed must be .*got 99999999999"),
+        ("generate m --prompt a --seed 3", "--seed changes nothing here: give --temperature too"),
+        ("generate m --prompt a --top_k 0", "--top_k changes nothing here: give --temperature too"),
+        ("generate m --prompt a --top_p 1 --temperature 0", "--top_p changes nothing here"),
+        ("tokenizer --source a.txt --out o --split test", "--split changes nothing here: .*on the hub"),
+        (
+            "tokenizer --source a.txt --out o --subset en",
+            "--subset changes nothing here",
+        ),
+        ("tokenizer --source a.txt --out o --text_column x", "--text_column changes nothing here"),
         ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
         ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
         ("tokenizer --source s --out o --vocab_size 100000000000", "--vocab_size must be .*at most"),
@@ -326,6 +335,7 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
 )
 def test_a_mistake_in_an_option_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
     assert main(arguments.split(" ")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"everlong: error: .*{message}", line)
@@ -485,6 +495,32 @@ def test_a_model_of_nan_continues_no_text(tiny, capsys):
         assert "tiny cannot be evaluated: it gives logits of nan" in error_of(
             ["generate", tiny, "--prompt", "a", *warm], capsys
         )
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(command, tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(42)])
+    tokenizer.save_pretrained(tiny)
+    more = {"eval": ["--lengths", "96", "--samples", "2", "--out", tmp_path / "out"]}
+    arguments = [command, tiny, *more.get(command, ["--prompt", "a"])]
+    error = error_of(arguments, capsys)
+    assert "tiny has a tokenizer of 301 tokens, but its model has a vocabulary of 300" in error
+
+
+@pytest.mark.parametrize("size", [0, 1, 200])
+def test_results_that_are_cut_short_are_named_and_made_anew(size, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    file = out / "results.json"
+    file.write_bytes(file.read_bytes()[:size])
+    error = error_of(arguments, capsys)
+    assert f"{file} is damaged or cut short: delete it, and what is scored already" in error
+    assert main([*arguments, "--overwrite"]) == 0
+    assert json.loads(file.read_text())["cells"]
+    file.write_text("mine: [")
+    assert "holds files of no evaluation" in error_of([*arguments, "--overwrite"], capsys)
 
 
 def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):

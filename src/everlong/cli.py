@@ -293,11 +293,9 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)"
     )
-    generate.add_argument("--top_k", type=number(), default=0, help="sample from so many; 0: from all")
-    generate.add_argument(
-        "--top_p", type=number(float, 1e-9, 1), default=1.0, help="sample from this share (1)"
-    )
-    generate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the sampling (0)")
+    generate.add_argument("--top_k", type=number(), help="sample from so many; 0: from all (0)")
+    generate.add_argument("--top_p", type=number(float, 1e-9, 1), help="sample from this share (1)")
+    generate.add_argument("--seed", type=number(high=MAX_SEED), help="of the sampling (0)")
     generate.set_defaults(run=_generate)
 
 
@@ -325,9 +323,9 @@ def _add_tokenizer(commands: Any) -> None:
     tokenizer.add_argument(
         "--overwrite", action="store_true", help="replace an earlier tokenizer in the same folder"
     )
-    tokenizer.add_argument("--text_column", default="text", help="of JSONL, Parquet, the hub (text)")
+    tokenizer.add_argument("--text_column", help="of JSONL, Parquet, the hub (text)")
     tokenizer.add_argument("--subset", help="of a data set on the hub")
-    tokenizer.add_argument("--split", default="train", help="of a data set on the hub (train)")
+    tokenizer.add_argument("--split", help="of a data set on the hub (train)")
     tokenizer.add_argument(
         "--max_bytes", type=number(), default=200_000_000, help="read no more text (200,000,000)"
     )
@@ -537,6 +535,7 @@ def _generate(options: argparse.Namespace) -> int:
     from everlong.evaluation import load_model, longest_text
     from everlong.evaluation.subject import sound
 
+    sampling = _sampling(options)
     prompt = _prompt(options)
     model, tokenizer = load_model(options.model)
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -553,20 +552,14 @@ def _generate(options: argparse.Namespace) -> int:
         memory["past_key_values"] = model.memorize(text, progress=text.shape[1] > PREFILL_PIECE)
     # Its cache has another name, which generate's reading in pieces does not know.
     is_mamba = "cache_params" in inspect.signature(model.forward).parameters
-    sampling = {}
-    if options.temperature > 0:
-        set_seed(options.seed)
-        sampling = {
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
+    if sampling:
+        set_seed(options.seed or 0)
     # Of the model's own way to generate the ends alone: the options say the rest.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.generate(
         **ids,
         max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature > 0,
+        do_sample=bool(sampling),
         logits_processor=LogitsProcessorList([lambda ids, logits: sound(logits, options.model)]),
         **sampling,
         **memory,
@@ -575,6 +568,22 @@ def _generate(options: argparse.Namespace) -> int:
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     return 0
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """How a token is drawn; empty where the likeliest is taken."""
+    if options.temperature > 0:
+        top_p = 1.0 if options.top_p is None else options.top_p
+        return {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": top_p}
+    _check_used(options, ("seed", "top_k", "top_p"), "give --temperature too")
+    return {}
+
+
+def _check_used(options: argparse.Namespace, names: Sequence[str], otherwise: str) -> None:
+    """Refuse options that are given and change nothing."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} changes nothing here: {otherwise}, or leave it out")
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -598,17 +607,26 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _tokenizer(options: argparse.Namespace) -> int:
     from everlong.data import read_pieces, save_tokenizer, train_tokenizer
+    from everlong.data.reading import HUB, has_columns
     from everlong.data.tokenizer import TOKENIZER_FILES
     from everlong.files import check_output, hold
 
     out = Path(options.out)
+    if not any(source.startswith(HUB) for source in options.source):
+        _check_used(options, ("subset", "split"), "name a source on the hub (hub:OWNER/NAME)")
+    if not any(map(has_columns, options.source)):
+        _check_used(options, ("text_column",), "name a source of JSONL, Parquet or the hub")
     if options.max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {options.max_bytes}")
     with hold(out):  # a place that cannot be written is known before the work
         known = set(TOKENIZER_FILES).issuperset
         check_output(out, "tokenizer", known, overwrite=options.overwrite)
         pieces = read_pieces(
-            options.source, options.text_column, options.subset, options.split, options.max_bytes
+            options.source,
+            "text" if options.text_column is None else options.text_column,
+            options.subset,
+            "train" if options.split is None else options.split,
+            options.max_bytes,
         )
         tokenizer = train_tokenizer((piece.text.decode() for piece in pieces), options.vocab_size)
         save_tokenizer(tokenizer, out)

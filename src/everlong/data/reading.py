@@ -56,6 +56,11 @@ def list_files(source: str) -> list[Path]:
     return files
 
 
+def has_columns(source: str) -> bool:
+    """Whether some of a source's documents stand in a column beside others."""
+    return source.startswith(HUB) or any(kind_of(file) != "text" for file in list_files(source))
+
+
 def read_pieces(
     source: str | Sequence[str],
     column: str = "text",

@@ -60,7 +60,20 @@ def load_model(
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
     _check_ends(folder, model)
+    _check_vocabulary(folder, model, tokenizer)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _check_vocabulary(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for."""
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"{folder} has a tokenizer of {len(tokenizer):,} tokens, but its model has a vocabulary of "
+            f"{size:,}: put the tokenizer there that the model was trained with"
+        )
 
 
 def _check_ends(folder: str | Path, model: PreTrainedModel) -> None:
@@ -218,6 +231,7 @@ def _subject(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],
 ) -> Subject:
+    _check_vocabulary(folder, model, tokenizer)
     path = Path(folder)
     recipe = recipe_of(path) if path.is_dir() else {}
     label = path.resolve().name if path.is_dir() else str(folder)

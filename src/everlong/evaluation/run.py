@@ -192,8 +192,16 @@ def evaluation_folder(
     """
 
     def known(names: set[str]) -> bool:
-        if RESULTS_FILE in names:
-            return is_results(out / RESULTS_FILE)
+        try:
+            if RESULTS_FILE in names:
+                return is_results(out / RESULTS_FILE)
+        except ValueError as error:
+            if overwrite:
+                return True
+            raise ValueError(
+                f"{error}: delete it, and what is scored already is not asked again, or begin anew "
+                "with --overwrite"
+            ) from error
         others = names.difference(*(fnmatch.filter(names, pattern) for pattern in beside))
         files = [path for path in (out / SAMPLES_FOLDER).rglob("*") if not path.is_dir()]
         return others <= {SAMPLES_FOLDER} and all(map(is_samples, files))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 ELSEWHERE = "it has no effect here"
+PUSH = "push the finished folder instead"
 PLAIN = (bool, int, float, str, type(None), dict, list, enum.Enum)
 MOST_STEPS = 10**12  # beyond, their samples could not be counted
 # The least value of an argument, and whether it may be that. None of them is infinite.
@@ -51,17 +52,22 @@ REFUSED = {
     "accelerator_config": "samples would be divided in another way than the recipe counts them",
     "auto_find_batch_size": "samples would be divided in another way than the recipe counts them",
     "data_seed": "set seed at the top of the recipe instead",
+    "disable_tqdm": "everlong has a bar of its own",
     "do_eval": ELSEWHERE,
     "do_predict": ELSEWHERE,
     "do_train": ELSEWHERE,
+    "hub_model_id": PUSH,
+    "hub_strategy": PUSH,
     "ignore_data_skip": "a resumed run would read the first samples again",
+    "include_for_metrics": "held-out losses are the only metric",
     "include_num_input_tokens_seen": "tokens are counted always",
     "label_names": "labels have one name",
     "label_smoothing_factor": "the Trainer's own loss leaves out what writing costs",
+    "length_column_name": ELSEWHERE,
     "load_best_model_at_end": "the best checkpoint is not kept apart: evaluate the checkpoints instead",
     "num_train_epochs": "samples are made as training goes: give max_steps",
     "output_dir": "set output_dir at the top of the recipe instead",
-    "push_to_hub": "push the finished folder instead",
+    "push_to_hub": PUSH,
     "remove_unused_columns": ELSEWHERE,
     "resume_from_checkpoint": "everlong train --resume RUN_FOLDER does that",
     "save_only_model": "such a run could not be resumed",
@@ -99,6 +105,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_for_metrics": "held-out losses are the only metric",
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 10,
         # Everlong stops at a loss that is not finite; transformers would log the last good one.
@@ -141,6 +148,11 @@ def _check_refused(fields: dict[str, Any]) -> None:
         raise ValueError("training.report_to: TensorBoard has its logs in any run folder; leave it out")
     if str(fields.get("save_strategy")) == "best":
         raise ValueError("training.save_strategy: checkpoints are kept by their steps: use steps")
+    if "eval_steps" in fields and str(fields.get("eval_strategy")) != "steps":
+        raise ValueError(
+            "training.eval_steps changes nothing without eval_strategy: steps: give that too, or leave "
+            "it out"
+        )
 
 
 def _check_values(arguments: TrainingArguments) -> None:
