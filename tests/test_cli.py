@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -315,7 +317,9 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("tokenizer --source a.txt --out o --text_column x", "--text_column changes nothing here"),
         ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
         ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
-        ("tokenizer --source s --out o --vocab_size 100000000000", "--vocab_size must be .*at most"),
+        ("tokenizer --source s --out o --vocab_size 999999m", "at most 16,777,216, got 999999m"),
+        ("train --hlp", "unknown option --hlp: did you mean --help"),
+        ("train needle-lmm --owerwrite", "unknown option --owerwrite: did you mean --overwrite"),
         ("generate m --prompt a --temperature 1e-40", "--temperature must be .*got 1e-40"),
         ("eval m --out o --lengths 1024m", "64M at most, got '1024m'"),
         ("eval m --out o --samples=-1", "16k:100,128k:20, got '-1'$"),
@@ -442,6 +446,16 @@ def test_an_evaluation_goes_on_or_begins_anew(model, tmp_path, capsys):
     with hold(tmp_path / "run"):
         other = ["train", "needle-lmm", "--output_dir", tmp_path / "run"]
         assert "run is being written to by process" in error_of(other, capsys)
+
+
+def test_whoever_reads_the_output_may_stop(tiny_recipe):
+    command = [sys.executable, "-m", "everlong", "train", str(tiny_recipe()), "--print_config"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_version(capsys):

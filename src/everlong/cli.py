@@ -6,6 +6,7 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import itertools
 import math
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from everlong import __version__, strict_yaml
 from everlong.files import place
-from everlong.words import nearest, one_line, parse_size, plain
+from everlong.words import did_you_mean, nearest, one_line, parse_size, plain
 
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
@@ -43,11 +44,16 @@ def number(
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         if not (low <= value <= high and math.isfinite(value)):
-            limit = f"at least {low:g}" + (f" and at most {high:g}" if math.isfinite(high) else "")
+            limit = f"at least {_bound(low)}"
+            limit += f" and at most {_bound(high)}" if math.isfinite(high) else ""
             raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
         return value
 
     return read
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _place(text: str) -> str:
@@ -72,7 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(given)
+        code = _run(given)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest as it ends
+        return 128 + 13  # as of a process that SIGPIPE ends
     except KeyboardInterrupt as error:
         if _is_main():
             print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
@@ -411,6 +422,7 @@ def _train(options: argparse.Namespace) -> int:
     from everlong.training import load_recipe, resume, train
     from everlong.training.processes import leave
 
+    _check_fields(options.overrides)
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
     if options.resume == "":
@@ -432,6 +444,20 @@ def _train(options: argparse.Namespace) -> int:
         train(recipe, overwrite=options.overwrite, then=lambda result: _finish(folder, result))
     leave()
     return 0
+
+
+def _check_fields(overrides: Sequence[str]) -> None:
+    """Refuse an option that is neither one of `train` nor a field of a recipe."""
+    from everlong.training.recipe import Recipe
+
+    fields = [f"--{each.name}" for each in dataclasses.fields(Recipe)]
+    for option in overrides:
+        name = re.split(r"[.=]", option)[0]
+        if option.startswith("--") and name not in fields:
+            raise ValueError(
+                f"unknown option {plain(name)}{did_you_mean(name, [*fields, *TRAIN_OPTIONS])} "
+                "(see everlong train --help)"
+            )
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> None:

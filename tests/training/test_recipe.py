@@ -178,6 +178,7 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--training.include_for_metrics=[loss]", "include_for_metrics: held-out losses"),
         ("--training.length_column_name=x", "length_column_name: it has no effect here; leave it out"),
         ("--training.disable_tqdm=false", "disable_tqdm: everlong has a bar of its own"),
+        ("--training.metric_for_best_model=loss", "metric_for_best_model: the best checkpoint is not"),
         ("--training.eval_steps=3", "eval_steps changes nothing without eval_strategy: steps"),
         ("--guards.skip=1", "unknown field guards.skip"),
         ("--training.seed=1", "set seed at the top"),
@@ -191,6 +192,9 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--data.task=babi", "data.task decides what a recipe is"),
         ("--data.key_digits=0", "key_digits must be at least 1, got 0"),
         ("--sed=3", "unknown field sed: did you mean seed?"),
+        ("--data=5", "data holds fields: give one of them, as --data.FIELD=VALUE"),
+        ("--guards=5", "guards holds fields: give one of them, as --guards.FIELD=VALUE"),
+        ("--training.=5", "training holds fields: give one of them, as --training.FIELD=VALUE"),
         ("--seed=few", "seed.*int.*few"),
     ],
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 ELSEWHERE = "it has no effect here"
 PUSH = "push the finished folder instead"
+NO_BEST = "the best checkpoint is not kept apart: evaluate the checkpoints instead"
 PLAIN = (bool, int, float, str, type(None), dict, list, enum.Enum)
 MOST_STEPS = 10**12  # beyond, their samples could not be counted
 # The least value of an argument, and whether it may be that. None of them is infinite.
@@ -56,6 +57,7 @@ REFUSED = {
     "do_eval": ELSEWHERE,
     "do_predict": ELSEWHERE,
     "do_train": ELSEWHERE,
+    "greater_is_better": NO_BEST,
     "hub_model_id": PUSH,
     "hub_strategy": PUSH,
     "ignore_data_skip": "a resumed run would read the first samples again",
@@ -64,7 +66,8 @@ REFUSED = {
     "label_names": "labels have one name",
     "label_smoothing_factor": "the Trainer's own loss leaves out what writing costs",
     "length_column_name": ELSEWHERE,
-    "load_best_model_at_end": "the best checkpoint is not kept apart: evaluate the checkpoints instead",
+    "load_best_model_at_end": NO_BEST,
+    "metric_for_best_model": NO_BEST,
     "num_train_epochs": "samples are made as training goes: give max_steps",
     "output_dir": "set output_dir at the top of the recipe instead",
     "push_to_hub": PUSH,

@@ -268,6 +268,8 @@ def _check_override_names(overrides: Sequence[tuple[str, str]], task: type[DataC
     for option, _ in overrides:
         part, _, name = option.partition(".")
         check_names([part], _names(Recipe))
+        if part in ("model", "data", "training", *_PARTS) and not name:
+            raise ValueError(f"{part} holds fields: give one of them, as --{part}.FIELD=VALUE")
         if part == "data" and name == "task":
             raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
         if part in ("data", *_PARTS):

@@ -403,10 +403,8 @@ class EverlongTrainer(MemoryTrainer):
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         self.watch.check_weights(self.model, self.args, self.state)
-        folder, step = Path(self.args.output_dir), self.state.global_step
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self.state.best_global_step == step:
-            self.state.best_model_checkpoint = str(folder / name)
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._written_aside(name) as aside:
             self.saving_in = aside
             try:
@@ -419,11 +417,7 @@ class EverlongTrainer(MemoryTrainer):
             if is_main():
                 sync(folder / METRICS_FILE)  # what it says up to here will not be logged again
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
 
     def save_trained(self) -> None:
         """Write the model and the tokenizer to the run folder."""
