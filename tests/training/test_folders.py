@@ -162,6 +162,7 @@ def test_a_run_folder_with_something_else_in_it_is_not_overwritten(name, tiny_re
         ("data.source", "text"),
         ("data.source", "text/1.txt"),
         ("data.source", "text/*.txt"),
+        ("data.source", "hub:text"),
         ("data.validation_source", "text"),
         ("data.validation_source", "../link"),
     ],
@@ -177,7 +178,8 @@ def test_what_a_recipe_reads_is_not_overwritten(
     part, _, name = field.partition(".")
     if part == "model":
         recipe["model"] = {}
-    recipe[part][name] = str(folder / value)
+    hub, _, place = value.rpartition(":")
+    recipe[part][name] = f"{hub}{':' if hub else ''}{folder / place}"
     (tmp_path / "tiny-titans.yaml").write_text(yaml.safe_dump(recipe))
     before = contents(folder)
     error = error_of(command, capsys)

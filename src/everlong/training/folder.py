@@ -100,8 +100,10 @@ def _read(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _paths(name: str) -> list[Path]:
     """The files that a name stands for, and itself where it is on this machine."""
-    if name.startswith((HUB, PACKAGE)):
+    if name.startswith(PACKAGE):
         return []
+    if name.startswith(HUB):  # or a folder that `datasets` knows
+        name = name.removeprefix(HUB).partition("@")[0]
     try:
         files = find_files(name)[1]
     except FileNotFoundError:  # a hub id, or what will be said to be missing
