@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -304,9 +306,20 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
         ("generate m --prompt a --max_new_tokens 0", "--max_new_tokens must be .*got 0"),
         ("generate m --prompt a --max_new_tokens x", "--max_new_tokens: .*got 'x'"),
         ("generate m --prompt a --seed 99999999999", "--seed must be .*got 99999999999"),
+        ("generate m --prompt a --seed 3", "--seed changes nothing here: give --temperature too"),
+        ("generate m --prompt a --top_k 0", "--top_k changes nothing here: give --temperature too"),
+        ("generate m --prompt a --top_p 1 --temperature 0", "--top_p changes nothing here"),
+        ("tokenizer --source a.txt --out o --split test", "--split changes nothing here: .*on the hub"),
+        (
+            "tokenizer --source a.txt --out o --subset en",
+            "--subset changes nothing here",
+        ),
+        ("tokenizer --source a.txt --out o --text_column x", "--text_column changes nothing here"),
         ("generate m --prompt half\udcff", "the prompt is no text: letter 4"),
         ("tokenizer --source s --out o --vocab_size=-3", "--vocab_size must be .*got -3"),
-        ("tokenizer --source s --out o --vocab_size 100000000000", "--vocab_size must be .*at most"),
+        ("tokenizer --source s --out o --vocab_size 999999m", "at most 16,777,216, got 999999m"),
+        ("train --hlp", "unknown option --hlp: did you mean --help"),
+        ("train needle-lmm --owerwrite", "unknown option --owerwrite: did you mean --overwrite"),
         ("generate m --prompt a --temperature 1e-40", "--temperature must be .*got 1e-40"),
         ("eval m --out o --lengths 1024m", "64M at most, got '1024m'"),
         ("eval m --out o --samples=-1", "16k:100,128k:20, got '-1'$"),
@@ -326,6 +339,7 @@ def test_prompts_come_from_stdin_and_files_and_sampling_follows_its_seed(
 )
 def test_a_mistake_in_an_option_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
     assert main(arguments.split(" ")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"everlong: error: .*{message}", line)
@@ -434,6 +448,16 @@ def test_an_evaluation_goes_on_or_begins_anew(model, tmp_path, capsys):
         assert "run is being written to by process" in error_of(other, capsys)
 
 
+def test_whoever_reads_the_output_may_stop(tiny_recipe):
+    command = [sys.executable, "-m", "everlong", "train", str(tiny_recipe()), "--print_config"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
@@ -487,6 +511,32 @@ def test_a_model_of_nan_continues_no_text(tiny, capsys):
         )
 
 
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(command, tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(42)])
+    tokenizer.save_pretrained(tiny)
+    more = {"eval": ["--lengths", "96", "--samples", "2", "--out", tmp_path / "out"]}
+    arguments = [command, tiny, *more.get(command, ["--prompt", "a"])]
+    error = error_of(arguments, capsys)
+    assert "tiny has a tokenizer of 301 tokens, but its model has a vocabulary of 300" in error
+
+
+@pytest.mark.parametrize("size", [0, 1, 200])
+def test_results_that_are_cut_short_are_named_and_made_anew(size, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["eval", str(tiny), "--lengths", "96", "--samples", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    file = out / "results.json"
+    file.write_bytes(file.read_bytes()[:size])
+    error = error_of(arguments, capsys)
+    assert f"{file} is damaged or cut short: delete it, and what is scored already" in error
+    assert main([*arguments, "--overwrite"]) == 0
+    assert json.loads(file.read_text())["cells"]
+    file.write_text("mine: [")
+    assert "holds files of no evaluation" in error_of([*arguments, "--overwrite"], capsys)
+
+
 def test_how_a_model_generates_is_checked_or_set_aside(tiny, capsys):
     file = tiny / "generation_config.json"
     rewrite(file, lambda values: values.update(num_beams=2, min_length="x"))
@@ -534,6 +584,10 @@ def test_an_evaluation_is_known_by_its_samples_and_deletes_no_others(tiny, tmp_p
         (lambda record: record["scores"].update(tokens=float("nan")), "tokens nan"),
         (lambda record: record["scores"].pop("exact"), "exact None"),
         (lambda record: record.update(depth="x"), "depth 'x'"),
+        (lambda record: record.update(tokens=-1), "tokens -1"),
+        (lambda record: record.update(tokens=True), "tokens True"),
+        (lambda record: record.update(tokens=10**400), "tokens 1000"),
+        (lambda record: record.update(seconds=-0.5), "seconds -0.5"),
         (lambda record: record.pop("distance"), "no distance"),
     ],
 )

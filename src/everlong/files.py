@@ -14,7 +14,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from everlong.words import is_text, one_line
 
 LOCK = ".lock"  # in a folder that a process writes to: which one does
 UNFINISHED = "unfinished"  # names what is still being written
@@ -22,6 +24,14 @@ UNFINISHED = "unfinished"  # names what is still being written
 
 class NotWritten(OSError):
     """Something could not be written; the message says what, and why."""
+
+
+def place(name: str, what: str) -> str:
+    """The file or folder that a user names as `what`, with ~ written out. Raises ValueError if the name
+    is empty: Path takes that for the folder one is in."""
+    if not name:
+        raise ValueError(f"{what} is empty: name a file or folder")
+    return os.path.expanduser(name)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -74,9 +84,25 @@ def read_lines(path: Path) -> list[Any]:
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             values.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return values
+
+
+def read_record(file: Path, **fields: Any) -> dict[str, Any]:
+    """The record in a JSON file. Raises ValueError that names the file if it is none, or if one of
+    the fields is missing or of another type. (Of type `int | None` it may be missing.)"""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or cut short: {one_line(error)}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it holds no fields")
+    for name, kind in fields.items():
+        value = record.get(name)
+        if type(value) not in (get_args(kind) or (kind,)):
+            raise ValueError(f"{file} is damaged: {name} is {str(value)[:80]!r}")
+    return record
 
 
 def sync(path: Path) -> None:
@@ -160,10 +186,14 @@ def hold(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is not there; a folder that is made and
     stays empty goes again. The system lets go of it when this process dies.
 
-    Raises ValueError where another process holds the folder, and where it is a file.
+    Raises ValueError where another process holds the folder, where it is a file, and where its name is
+    no UTF-8, since libraries would find no place in it to write to.
     """
     from filelock import FileLock, Timeout
 
+    for name in (str(folder), folder.resolve().name):
+        if not is_text(name):
+            raise ValueError(f"{name} is no UTF-8: give the folder another name")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
     is_new = not folder.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,16 @@ def size_of(text: str) -> int:
     """The number that a text of the form `SIZE` stands for."""
     unit = {"k": 1 << 10, "m": 1 << 20}.get(text[-1].lower())
     return int(text) if unit is None else int(text[:-1]) * unit
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that was read can be reckoned with: no NaN, and none that a float cannot hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: a name of a file that is none holds halves of letters."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def plain(text: object) -> str:

@@ -21,6 +21,7 @@ from everlong.data import (
     corpus,
     encode_bytes,
     gives_back,
+    load_text,
     load_tokenizer,
     train_tokenizer,
 )
@@ -464,12 +465,33 @@ def test_a_tokenizer_that_loses_text_is_known():
     assert not gives_back(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.JSON", "a.ndjson", "a.JSONL.GZ"])
 def test_an_array_of_objects_is_read_as_rows(name, tmp_path):
-    opened = gzip.open if name.endswith(".gz") else open
+    opened = gzip.open if name.lower().endswith(".gz") else open
     with opened(tmp_path / name, "wt", encoding="utf-8") as file:
         json.dump([{"text": "one"}, {"id": 3, "text": "two"}, {"text": None}], file, indent=1)
     assert [piece.text for piece in read_pieces(str(tmp_path / name))] == [b"one", b"two"]
+
+
+def test_suffixes_may_be_written_in_capitals(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    jsonl(tmp_path / "A.JSONL", rows)
+    jsonl(tmp_path / "b.NDJSON", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.Parquet")
+    (tmp_path / "d.TXT").write_text("three")
+    found = [piece.text for piece in read_pieces(str(tmp_path))]
+    assert found == [b"one", b"two"] * 3 + [b"three"]
+    assert [each.name for each in load_text(tmp_path)] == ["d.TXT"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz", "a.arrow", "a.feather", "a.orc"])
+def test_records_that_are_not_read_are_no_text(name, tmp_path):
+    (tmp_path / name).write_text("text\none\n")
+    for source in (str(tmp_path / name), str(tmp_path / "a*")):
+        with pytest.raises(ValueError, match=f"{name} holds records of a kind that is not read"):
+            list(read_pieces(source))
+    with pytest.raises(ValueError, match="holds records"):
+        load_text(tmp_path / name)
 
 
 @pytest.mark.parametrize(

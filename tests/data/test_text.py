@@ -64,6 +64,8 @@ def test_a_byte_order_mark_is_dropped(tmp_path):
         ("a.json", b'[{"text": "x"}]', r"a\.json holds records"),
         ("a.jsonl", b'{"text": "x"}', r"a\.jsonl holds records"),
         ("a.parquet", b"", r"a\.parquet holds records"),
+        ("A.JSONL", b'{"text": "x"}', r"A\.JSONL holds records"),
+        ("a.ndjson", b'{"text": "x"}', r"a\.ndjson holds records"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt is not UTF-8 but UTF-16"),
         ("a.txt", b"a\0b", r"a\.txt is no text: byte 0x00 at position 1"),
         ("a.txt", b"\xef\xbb\xbfa\xff", r"byte 0xff at position 4"),

@@ -244,7 +244,7 @@ def main_of(model, source, out):
 
 
 def test_samples_are_kept_a_line_each(tmp_path):
-    first, second = (Samples(tmp_path, "name[1]", rank) for rank in (0, 1))
+    first, second = (Samples(tmp_path, "name[1]", rank, count=3) for rank in (0, 1))
     first.append({"index": 1, "scores": {}})
     second.append({"index": 0, "answer": "ä"})
     assert list(first.load()) == [0, 1]
@@ -253,6 +253,16 @@ def test_samples_are_kept_a_line_each(tmp_path):
     first.append({"index": 2})
     assert list(first.load()) == [0, 1, 2]
     assert json.loads(second.path.read_text())["answer"] == "ä"
+
+
+@pytest.mark.parametrize("index", ["-1", "3", "true", "1.0", '"1"', "null", "1e999", "9" * 400])
+def test_a_sample_that_is_none_of_those_asked_is_damage(index, tmp_path):
+    samples = Samples(tmp_path, "name", count=3)
+    samples.append({"index": 1})
+    with samples.path.open("a") as file:
+        file.write(f'{{"index": {index}}}\n')
+    with pytest.raises(ValueError, match=r"name\.0\.jsonl is damaged: a sample has the index "):
+        samples.load()
 
 
 def test_numbers_of_samples():

@@ -1,5 +1,7 @@
 """Damaged checkpoints are named, with the last one that is whole; never gone on from."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -229,6 +231,8 @@ def test_a_finished_run_refuses_changes_and_misses_its_model(tiny_recipe, tmp_pa
         ("checkpoint-4/files.json", "[]"),
         ("checkpoint-4/files.json", "5"),
         ("checkpoint-4/files.json", '{"optimizer.pt": "5"}'),
+        ("checkpoint-4/files.json", "{}"),
+        ("checkpoint-4/files.json", '{"optimizer.pt": 1}'),
         ("checkpoint-4/trainer_state.json", '{"global_step": "4"}'),
         ("provenance.json", '{"recipe": "x"}'),
         ("provenance.json", '{"recipe": {}}'),
@@ -242,6 +246,59 @@ def test_a_record_of_another_shape_is_named(name, content, tiny_recipe, tmp_path
         content += " " * (file.stat().st_size - len(content))
     file.write_text(content)
     assert file.name in error_of(folder, capsys)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("global_step", 3),
+        ("global_step", True),
+        ("num_input_tokens_seen", -5),
+        ("num_input_tokens_seen", None),
+        ("total_flos", 10**400),
+        ("epoch", "x"),
+        ("log_history", 5),
+        ("log_history", [5]),
+        ("log_history", {}),
+        ("stateful_callbacks", []),
+        ("stateful_callbacks", "x"),
+        ("is_world_process_zero", "yes"),
+        ("best_model_checkpoint", 5),
+        ("what_no_state_has", 5),
+    ],
+)
+def test_a_state_of_another_shape_is_named(sealed, name, value, tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    last = folder / "checkpoint-4"
+    file = last / "trainer_state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {name: value}).ljust(file.stat().st_size))
+    if not sealed:  # as an earlier version left it
+        (last / FILES).unlink()
+    error = error_of(folder, capsys)
+    assert f"{last} has a trainer_state.json that is damaged: {name} is " in error
+    assert f"delete {last} and resume again, from {folder / 'checkpoint-2'}" in error
+
+
+NUMBERS = ("step", "loss", "eval_loss", "seconds", "tokens", "tokens_per_second")
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "1e999", "NaN"])
+def test_numbers_that_cannot_be_reckoned_with_stop_nothing(number, tiny_recipe, tmp_path, capsys):
+    folder = run_of(tiny_recipe, tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for name in NUMBERS:
+            file.write(f'{{"step": 4, "{name}": {number}}}\n')
+        file.write("[" * 100_000 + "\n")
+    picture = tmp_path / "loss.png"
+    assert main(["runs", str(folder), "--compare", "--picture", str(picture)]) == 0
+    assert re.search(r"metrics.jsonl: \d lines are no log", capsys.readouterr().out)
+    assert resume(folder, ["--training.max_steps=5"])["steps"] == 5
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result).replace(str(result["tokens"]), number))
+    assert main(["runs", str(folder)]) == 0
+    assert "result.json is damaged: tokens is" in capsys.readouterr().out
 
 
 def test_lines_and_results_that_are_no_records_are_left_out(tiny_recipe, tmp_path, capsys):

@@ -134,6 +134,22 @@ def test_a_full_disk_is_gone_on_from(pages, recipe, whole, disk, capsys):
     assert fill_at(pages, recipe, whole, disk, capsys) is not None
 
 
+def test_a_disk_that_is_full_of_tokens_is_named(tiny_recipe, tmp_path, disk, capsys):
+    path = tiny_recipe(max_steps=2)
+    values = yaml.safe_load(path.read_text())
+    (tmp_path / "long.txt").write_text("Words upon words.\n" * 10_000)
+    cache = disk(10) / "cache"
+    values["data"] |= {"task": "text", "source": str(tmp_path / "long.txt"), "cache_folder": str(cache)}
+    path.write_text(yaml.safe_dump(values))
+    code, error = start(path, tmp_path / "run", capsys)
+    assert code == 2
+    wanted = f"the tokenised text could not be written to {cache} (No space left on device); "
+    assert wanted + "data.cache_folder names another place" in error
+    assert not [*cache.iterdir()]
+    disk()
+    assert start(path, tmp_path / "run", capsys)[0] == 0
+
+
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write_is_gone_on_from(recipe, whole, disk, capsys):
     """One page more each time: each file in turn is the one that has no room."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from everlong.training import NonFiniteError, load_recipe, resume, train
 from everlong.training.guards import Watch, first_not_finite
 from everlong.training.model import build_model
+from everlong.training.progress import TrainingProgress
 from everlong.training.recipe import Guards
 from everlong.training.train import EverlongTrainer
 from subjects import SEGMENT, SUBJECTS, VOCABULARY, titans
@@ -50,6 +51,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe, tmp_path, monkeypa
     with pytest.raises(NonFiniteError, match=message):
         train(run(tiny_recipe("titans", save_steps=1), tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_weights_that_the_last_update_has_spoilt_are_not_written(
+    strategy, tiny_recipe, tmp_path, monkeypatch
+):
+    """Neither as a checkpoint nor as a finished model."""
+    on_step_end = TrainingProgress.on_step_end
+
+    def spoil(self, args, state, control, model, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 6:
+            with torch.no_grad():
+                model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+
+    monkeypatch.setattr(TrainingProgress, "on_step_end", spoil)
+    path = tiny_recipe("titans", save_steps=2, save_strategy=strategy)
+    last = "-4" if strategy == "steps" else "no checkpoint was saved yet"
+    message = rf"model.layers.1.mlp.down_proj.weight is not finite at step 6; .*{last}\. A lower"
+    with pytest.raises(NonFiniteError, match=message):
+        train(run(path, tmp_path / "run"))
+    names = {each.name for each in (tmp_path / "run").iterdir()}
+    assert names.isdisjoint({"checkpoint-6", "model.safetensors", "result.json"})
 
 
 def test_a_memory_that_explodes_stops_the_run_with_its_layer(tiny_recipe, tmp_path, monkeypatch):

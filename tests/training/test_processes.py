@@ -208,6 +208,12 @@ def test_parameters_without_a_part_in_the_loss_are_looked_for_where_there_are(
     assert launch_defaults(model, {})["ddp_find_unused_parameters"] is wanted
 
 
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(monkeypatch, tiny_recipe):
+    launch(monkeypatch, here=1, gpus=0)
+    with pytest.raises(ValueError, match=r"use_cpu is false, but this machine has no GPU: leave it"):
+        load_recipe(tiny_recipe(use_cpu=False))
+
+
 def test_what_is_sharded_wants_gpus_and_torchrun(monkeypatch, tiny_recipe):
     with pytest.raises(ValueError, match=r"training\.fsdp needs GPUs"):
         load_recipe(tiny_recipe(fsdp=True))

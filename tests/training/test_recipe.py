@@ -174,6 +174,12 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--training.report_to=tensorboard", "report_to: TensorBoard has its logs"),
         ("--training.save_strategy=best", "save_strategy: checkpoints are kept by their steps"),
         ("--training.save_strategy=often", "often"),
+        ("--training.hub_model_id=a/b", "hub_model_id: push the finished folder instead; leave it out"),
+        ("--training.include_for_metrics=[loss]", "include_for_metrics: held-out losses"),
+        ("--training.length_column_name=x", "length_column_name: it has no effect here; leave it out"),
+        ("--training.disable_tqdm=false", "disable_tqdm: everlong has a bar of its own"),
+        ("--training.metric_for_best_model=loss", "metric_for_best_model: the best checkpoint is not"),
+        ("--training.eval_steps=3", "eval_steps changes nothing without eval_strategy: steps"),
         ("--guards.skip=1", "unknown field guards.skip"),
         ("--training.seed=1", "set seed at the top"),
         ("--model.hiden_size=3", "model.hiden_size: did you mean model.hidden_size?"),
@@ -186,6 +192,9 @@ def test_a_whole_number_is_a_number(tiny_recipe):
         ("--data.task=babi", "data.task decides what a recipe is"),
         ("--data.key_digits=0", "key_digits must be at least 1, got 0"),
         ("--sed=3", "unknown field sed: did you mean seed?"),
+        ("--data=5", "data holds fields: give one of them, as --data.FIELD=VALUE"),
+        ("--guards=5", "guards holds fields: give one of them, as --guards.FIELD=VALUE"),
+        ("--training.=5", "training holds fields: give one of them, as --training.FIELD=VALUE"),
         ("--seed=few", "seed.*int.*few"),
     ],
 )
@@ -264,3 +273,39 @@ def test_the_rivals_have_as_many_parameters_and_as_many_steps():
 
 def _model(recipe):
     return AutoModelForCausalLM.from_config(build_model_config(recipe))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lengths=[96, 200, 300]"], r"up to 300 tokens.*takes 256 .*lengths=\[96, 200\]"),
+        ([], r"lengths go up to 4,096 tokens.*takes 256 at most: set --evaluation.lengths=\[256\]"),
+        (["lengths=[99999999]"], "lengths are 67,108,864 tokens at most, got 99,999,999"),
+        (["samples=2m"], "samples must be at most 1,048,576, got 2,097,152"),
+        (["held_out_samples=2m"], "held_out_samples must be at most 1,048,576"),
+    ],
+)
+def test_what_the_model_could_not_be_scored_on_is_refused_before_training(
+    overrides, message, tiny_recipe
+):
+    asked = ["--evaluation.tasks=[needle]", *(f"--evaluation.{each}" for each in overrides)]
+    path = tiny_recipe()
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, ["--model.max_position_embeddings=256", *asked])
+    load_recipe(path, ["--model.max_position_embeddings=256"])
+    load_recipe(tiny_recipe("titans"), ["--evaluation.tasks=[needle]"])  # which has no limit
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.per_device_train_batch_size=100000000", "must be at most 1,048,576"),
+        ("--training.per_device_eval_batch_size=2000000", "must be at most 1,048,576"),
+        ("--training.gradient_accumulation_steps=2000000", "must be at most 1,048,576"),
+        ("--training.dataloader_num_workers=100000", "must be at most 1,024, got 100,000"),
+        ("--data.length=999999999m", "length must be at most 67,108,864 tokens"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused(override, message, tiny_recipe):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tiny_recipe(), [override])

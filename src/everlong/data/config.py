@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LENGTH_STEP = 32
+LONGEST, MOST_SAMPLES = 1 << 26, 1 << 20  # tokens that are read in days; texts that fit into a memory
 IGNORE = -100  # the label of a token that is not to be predicted
 
 
@@ -37,6 +38,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.length > LONGEST:
+            raise ValueError(f"length must be at most {LONGEST:,} tokens, got {self.length:,}")
         if self.start_length is not None and not 0 < self.start_length <= self.length:
             raise ValueError(
                 f"start_length must lie in 1 ... length = {self.length}, got {self.start_length}"

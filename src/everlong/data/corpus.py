@@ -6,6 +6,7 @@ corpus that is there is whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,11 +14,14 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from everlong.files import NotWritten
 
 from .config import digest
 from .reading import PIECE, Piece
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1  # what lies in a corpus' folder; another number makes old ones unread
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # of a file that cannot grow
 TOKENS, STARTS, ABOUT = "tokens.bin", "starts.bin", "about.json"
 
 
@@ -94,8 +99,19 @@ def cached_corpus(
     corpus = Corpus.load(place)
     if corpus is not None:
         return corpus
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder))
+    with _writing(folder):
+        _write_whole(place, key, pieces, tokenizer)
+    corpus = Corpus.load(place)
+    assert corpus is not None
+    return corpus
+
+
+def _write_whole(
+    place: Path, key: dict[str, Any], pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast | None
+) -> None:
+    """Write a corpus aside, and rename it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix="unfinished-", dir=place.parent))
     try:
         write_corpus(aside, pieces, tokenizer, about={"key": key})
         if place.is_dir() and Corpus.load(place) is None:
@@ -107,9 +123,22 @@ def cached_corpus(
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    corpus = Corpus.load(place)
-    assert corpus is not None
-    return corpus
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says where tokenised text could not be written, and what names another place. What is wrong with
+    the source has its own words."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(error.filename).is_relative_to(folder)
+        if not (inside or (error.filename is None and error.errno in FULL)):
+            raise
+        raise NotWritten(
+            f"the tokenised text could not be written to {folder} ({error.strerror}); "
+            "data.cache_folder names another place"
+        ) from error
 
 
 def write_corpus(

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from everlong.hub import from_hub
 from everlong.words import one_line
 
-from .text import PACKAGE, check_text, find_files
+from .text import PACKAGE, check_text, find_files, kind_of
 
 HUB = "hub:"
-JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-PATTERNS = ("*.txt", "*.jsonl", "*.jsonl.gz", "*.parquet")
+PATTERNS = ("*.txt", "*.jsonl", "*.jsonl.gz", "*.ndjson", "*.ndjson.gz", "*.parquet")
 PIECE = 2**20  # bytes: a longer text comes in pieces
 
 
@@ -43,7 +42,7 @@ def list_files(source: str) -> list[Path]:
     """The files of a source that is not on the hub, in the order of their names.
 
     Raises FileNotFoundError where nothing is found, ValueError for a folder or package without any
-    file that can be read.
+    file that can be read, and for records of a kind that is not.
     """
     patterns = ("*.txt", "*.md") if source.startswith(PACKAGE) else PATTERNS
     files = sorted(find_files(source, patterns)[1])
@@ -52,7 +51,14 @@ def list_files(source: str) -> list[Path]:
             f"{source} holds no file {', '.join(patterns)}: give a text file, JSONL, Parquet, a folder "
             "of them, a glob pattern, package:NAME or hub:OWNER/NAME"
         )
+    for file in files:
+        kind_of(file)
     return files
+
+
+def has_columns(source: str) -> bool:
+    """Whether some of a source's documents stand in a column beside others."""
+    return source.startswith(HUB) or any(kind_of(file) != "text" for file in list_files(source))
 
 
 def read_pieces(
@@ -88,9 +94,10 @@ def _read_source(source: str, column: str, subset: str | None, split: str) -> It
         yield from _read_hub(source.removeprefix(HUB), column, subset, split)
         return
     for path in list_files(source):
-        if path.name.endswith(JSON):
+        kind = kind_of(path)
+        if kind == "json":
             yield from _cut_all(_text_of(row, column, where) for row, where in json_rows(path))
-        elif path.suffix == ".parquet":
+        elif kind == "parquet":
             yield from _cut_all(_parquet_texts(path, column))
         else:
             yield from _text_file(path)
@@ -154,7 +161,7 @@ def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
     Raises ValueError that names the file and the line.
     """
-    opened: Any = gzip.open if path.suffix == ".gz" else open
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rb") as file:
             place = 0

@@ -7,12 +7,17 @@ import importlib.util
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 PACKAGE = "package:"
-RECORDS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")  # their rows are texts
+# Files whose rows are texts, and such that nothing here reads; any others are text.
+JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+PARQUET = ".parquet"
+UNREAD = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow", ".feather", ".orc", ".avro")
 CONVERT = "Convert it first, for example with `iconv -f {} -t utf-8`"
 
 
@@ -90,7 +95,24 @@ def find_files(source: str, patterns: Iterable[str] = ("*.txt",)) -> tuple[Path,
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return [path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()]
+    """Those below a folder that fit a pattern, in whatever letters their suffix is written."""
+    wanted = tuple(patterns)
+    return [
+        path
+        for path in folder.rglob("*")
+        if any(fnmatchcase(path.name.lower(), each) for each in wanted) and path.is_file()
+    ]
+
+
+def kind_of(path: Path) -> Literal["text", "json", "parquet"]:
+    """What a file holds, by its name. Raises ValueError for records that would be taken for text."""
+    name = path.name.lower()
+    if name.endswith(UNREAD):
+        raise ValueError(
+            f"{path} holds records of a kind that is not read: write its texts as JSONL, Parquet or "
+            "*.txt"
+        )
+    return "json" if name.endswith(JSON) else "parquet" if name.endswith(PARQUET) else "text"
 
 
 def _package_folder(name: str) -> Path:
@@ -131,7 +153,7 @@ def check_text(path: Path, text: bytes, place: int = 0, line: int | None = None)
 
 
 def _read(path: Path) -> bytes:
-    if path.name.endswith(RECORDS):
+    if kind_of(path) != "text":
         raise ValueError(
             f"{path} holds records, and wanted is plain text: write the texts into *.txt files, or "
             "use data.task: text, which reads JSON and Parquet"

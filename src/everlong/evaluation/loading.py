@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 
 from everlong import strict_yaml
 from everlong.data.config import DataConfig
+from everlong.files import read_record
 from everlong.hub import from_hub
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
 from everlong.words import check_names, one_line
@@ -60,7 +60,20 @@ def load_model(
     except Exception as error:  # a truncated or foreign file: every loader raises its own kind
         raise ValueError(_unloadable(folder, error)) from error
     _check_ends(folder, model)
+    _check_vocabulary(folder, model, tokenizer)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _check_vocabulary(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for."""
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"{folder} has a tokenizer of {len(tokenizer):,} tokens, but its model has a vocabulary of "
+            f"{size:,}: put the tokenizer there that the model was trained with"
+        )
 
 
 def _check_ends(folder: str | Path, model: PreTrainedModel) -> None:
@@ -165,20 +178,6 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _result(file: Path) -> dict[str, Any]:
-    """What training came to, or stands at, as it wrote it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds no fields")
-    steps = found.get("steps", found.get("global_step"))
-    if steps is not None and type(steps) is not int:
-        raise ValueError(f"{file} is damaged: its steps are no number but {str(steps)[:80]!r}")
-    return found
-
-
 def _checked(recipe: Any, file: Path) -> dict[str, Any]:
     """A recipe whose fields that are asked for here have their types; {} of an empty file."""
     recipe = {} if recipe is None else recipe
@@ -232,6 +231,7 @@ def _subject(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],
 ) -> Subject:
+    _check_vocabulary(folder, model, tokenizer)
     path = Path(folder)
     recipe = recipe_of(path) if path.is_dir() else {}
     label = path.resolve().name if path.is_dir() else str(folder)
@@ -244,7 +244,7 @@ def _subject(
     result = path / RESULT_FILE
     about = {"recipe": recipe["name"]} if recipe.get("name") else {}
     if result.is_file():
-        about |= _result(result)
+        about |= read_record(result, steps=int | None)
     info = ModelInfo(
         name=label,
         label=label,
@@ -288,7 +288,7 @@ def data_config(kind: type[Config], fields: dict[str, Any], path: str | Path) ->
 def _steps_of(folder: Path) -> int | None:
     """Steps that a checkpoint stands at, where it is one."""
     state = folder / "trainer_state.json"
-    return _result(state).get("global_step") if state.is_file() else None
+    return read_record(state, global_step=int | None).get("global_step") if state.is_file() else None
 
 
 def gguf_file(folder: Path) -> str | None:

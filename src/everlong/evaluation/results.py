@@ -18,6 +18,7 @@ from everlong.words import plain_all
 
 NUM_DEPTH_BINS = 10
 FORMAT = 2  # of results.json
+HEAD = '{\n "format": '  # how it begins
 Z = 1.959963984540054  # 95%
 
 
@@ -240,10 +241,14 @@ class Results:
 
 
 def is_results(path: Path) -> bool:
-    """Whether a file was written by `Results.write`, of this version or another."""
+    """Whether a file was written by `Results.write`, of this version or another. Raises ValueError if
+    it was, and is cut short or damaged."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text[: len(HEAD)] in HEAD:
+            raise ValueError(f"{path} is damaged or cut short") from error
         return False
     return isinstance(values, dict) and {"format", "tasks", "models", "cells"} <= values.keys()
 

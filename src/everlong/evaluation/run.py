@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from everlong.data.config import digest
+from everlong.data.config import LONGEST, MOST_SAMPLES, digest
 from everlong.files import check_output, hold
 from everlong.pictures import short_name
 from everlong.words import file_name, parse_size, plain
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 LENGTHS = "lengths are token numbers such as 512,1k,1m"
 SAMPLES = "samples are a number, or numbers up to lengths such as 16k:100,128k:20"
-LONGEST, MOST_SAMPLES = 1 << 26, 1 << 20  # what is read in days, and fits into a memory
 SHOWN = 5  # samples of each cell that a report shows
 
 
@@ -104,7 +103,7 @@ class _Job:
         path = Path(subject.info.path)
         model = file_name(path.resolve().name if path.is_dir() else str(path)) or "_"
         name = f"{self.task.info.name}{length}-{hashed}"
-        return Samples(folder / model, name, rank, self.task.fault)
+        return Samples(folder / model, name, rank, count=self.count, fault=self.task.fault)
 
     def cost(self, subject: Subject, samples: int) -> int:
         """Tokens of so many samples, about."""
@@ -193,8 +192,16 @@ def evaluation_folder(
     """
 
     def known(names: set[str]) -> bool:
-        if RESULTS_FILE in names:
-            return is_results(out / RESULTS_FILE)
+        try:
+            if RESULTS_FILE in names:
+                return is_results(out / RESULTS_FILE)
+        except ValueError as error:
+            if overwrite:
+                return True
+            raise ValueError(
+                f"{error}: delete it, and what is scored already is not asked again, or begin anew "
+                "with --overwrite"
+            ) from error
         others = names.difference(*(fnmatch.filter(names, pattern) for pattern in beside))
         files = [path for path in (out / SAMPLES_FOLDER).rglob("*") if not path.is_dir()]
         return others <= {SAMPLES_FOLDER} and all(map(is_samples, files))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from everlong.files import append_line, read_lines
 
@@ -16,7 +17,7 @@ class Samples:
 
     Each process appends to a file of its own, NAME.RANK.jsonl, and reads those of all. A line that was
     being written when a run was killed is dropped, and its sample is asked again.
-    fault: what is wrong with a sample, "" if nothing is.
+    count: how many there are, all told. fault: what is wrong with a sample, "" if nothing is.
     """
 
     def __init__(
@@ -24,9 +25,11 @@ class Samples:
         folder: Path,
         name: str,
         rank: int = 0,
+        *,
+        count: int,
         fault: Callable[[Record], str] = lambda record: "",
     ) -> None:
-        self.folder, self.name, self.fault = folder, name, fault
+        self.folder, self.name, self.count, self.fault = folder, name, count, fault
         self.path = folder / f"{name}.{rank}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -35,13 +38,16 @@ class Samples:
         found: dict[int, Record] = {}
         for path in sorted(self.folder.glob(f"{glob_escape(self.name)}.*.jsonl")):
             for record in read_lines(path):
-                if isinstance(record, dict) and isinstance(record.get("index"), int):
-                    if fault := self.fault(record):
-                        raise ValueError(
-                            f"{path} is damaged: sample {record['index']} has {fault}. Delete the "
-                            "file, and its samples are asked again"
-                        )
-                    found[record["index"]] = record
+                index: Any = record.get("index") if isinstance(record, dict) else None
+                if type(index) is not int or not 0 <= index < self.count:
+                    fault = f"a sample has the index {index!r}, there are {self.count:,}"
+                elif fault := self.fault(record):
+                    fault = f"sample {index} has {fault}"
+                if fault:
+                    raise ValueError(
+                        f"{path} is damaged: {fault}. Delete the file, and its samples are asked again"
+                    )
+                found[index] = record
         return dict(sorted(found.items()))
 
     def append(self, record: Record) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from everlong.words import is_number
 
 from .results import NUM_DEPTH_BINS, Cell, Estimate, TaskInfo
 from .subject import Subject
@@ -58,16 +59,20 @@ class Task(ABC):
         if not isinstance(scores, dict):
             return f"scores {scores!r}"
         own = "values" not in record  # a score of lm-eval's may be any number
-        given = [("tokens", record["tokens"], False)]
-        given += [
+        given: list[tuple[str, Any, bool]] = [
             (name, scores.get(name), own and metric.is_share)
             for name, metric in self.info.metrics.items()
             if own or name in scores
         ]
-        given += [(n, record[n], n == "depth") for n in OPTIONAL if record.get(n) is not None]
         for name, value, is_share in given:
-            is_number = isinstance(value, (int, float)) and (not own or math.isfinite(value))
-            if not is_number or (is_share and not 0 <= value <= 1):
+            sound = is_number(value) if own else isinstance(value, (int, float))
+            if not sound or (is_share and not 0 <= value <= 1):
+                return f"{name} {value!r}"
+        sizes = {name: record[name] for name in ("tokens", *OPTIONAL) if name in record}
+        for name, value in sizes.items():
+            if value is None and name in OPTIONAL:
+                continue
+            if not is_number(value) or value < 0 or (name == "depth" and value > 1):
                 return f"{name} {value!r}"
         return ""
 

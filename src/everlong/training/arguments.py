@@ -8,6 +8,7 @@ import enum
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from everlong.data.config import MOST_SAMPLES
 from everlong.words import check_names, one_line
 
 from .processes import launch_defaults
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 ELSEWHERE = "it has no effect here"
+PUSH = "push the finished folder instead"
+NO_BEST = "the best checkpoint is not kept apart: evaluate the checkpoints instead"
 PLAIN = (bool, int, float, str, type(None), dict, list, enum.Enum)
 MOST_STEPS = 10**12  # beyond, their samples could not be counted
 # The least value of an argument, and whether it may be that. None of them is infinite.
@@ -38,22 +41,36 @@ LEAST = {
     "warmup_steps": (0, True),
     "weight_decay": (0, True),
 }
+# The largest: beyond, the work of one step would not fit into any machine.
+MOST = {
+    "dataloader_num_workers": 1 << 10,
+    "gradient_accumulation_steps": MOST_SAMPLES,
+    "per_device_eval_batch_size": MOST_SAMPLES,
+    "per_device_train_batch_size": MOST_SAMPLES,
+}
 # Arguments that would do something else than they say, and why.
 REFUSED = {
     "accelerator_config": "samples would be divided in another way than the recipe counts them",
     "auto_find_batch_size": "samples would be divided in another way than the recipe counts them",
     "data_seed": "set seed at the top of the recipe instead",
+    "disable_tqdm": "everlong has a bar of its own",
     "do_eval": ELSEWHERE,
     "do_predict": ELSEWHERE,
     "do_train": ELSEWHERE,
+    "greater_is_better": NO_BEST,
+    "hub_model_id": PUSH,
+    "hub_strategy": PUSH,
     "ignore_data_skip": "a resumed run would read the first samples again",
+    "include_for_metrics": "held-out losses are the only metric",
     "include_num_input_tokens_seen": "tokens are counted always",
     "label_names": "labels have one name",
     "label_smoothing_factor": "the Trainer's own loss leaves out what writing costs",
-    "load_best_model_at_end": "the best checkpoint is not kept apart: evaluate the checkpoints instead",
+    "length_column_name": ELSEWHERE,
+    "load_best_model_at_end": NO_BEST,
+    "metric_for_best_model": NO_BEST,
     "num_train_epochs": "samples are made as training goes: give max_steps",
     "output_dir": "set output_dir at the top of the recipe instead",
-    "push_to_hub": "push the finished folder instead",
+    "push_to_hub": PUSH,
     "remove_unused_columns": ELSEWHERE,
     "resume_from_checkpoint": "everlong train --resume RUN_FOLDER does that",
     "save_only_model": "such a run could not be resumed",
@@ -91,6 +108,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_for_metrics": "held-out losses are the only metric",
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 10,
         # Everlong stops at a loss that is not finite; transformers would log the last good one.
@@ -133,6 +151,11 @@ def _check_refused(fields: dict[str, Any]) -> None:
         raise ValueError("training.report_to: TensorBoard has its logs in any run folder; leave it out")
     if str(fields.get("save_strategy")) == "best":
         raise ValueError("training.save_strategy: checkpoints are kept by their steps: use steps")
+    if "eval_steps" in fields and str(fields.get("eval_strategy")) != "steps":
+        raise ValueError(
+            "training.eval_steps changes nothing without eval_strategy: steps: give that too, or leave "
+            "it out"
+        )
 
 
 def _check_values(arguments: TrainingArguments) -> None:
@@ -153,6 +176,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if not (least < value < math.inf or (itself and value == least)):  # NaN is not either
             words = "at least" if itself else "more than"
             raise ValueError(f"training.{name} must be {words} {least}, got {value}: give a finite one")
+        if value > MOST.get(name, math.inf):
+            raise ValueError(f"training.{name} must be at most {MOST[name]:,}, got {value:,}")
 
 
 def check_given(values: dict[str, Any], types: dict[str, Any], prefix: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from everlong.data.babilong import BPE
 from everlong.data.config import digest
 from everlong.data.tokenizer import BYTES
+from everlong.files import read_record
 from everlong.provenance import PROVENANCE_FILE
 
 from .recipe import Recipe
-from .records import read_record
 
 MISSING = "nothing"
 # An optimizer cannot go on from what another one has saved.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from everlong.files import write_file
-from everlong.words import one_line
-
-from .records import read_record
+from everlong.files import read_record, write_file
+from everlong.words import is_number, one_line
 
 FILES = "files.json"  # in a checkpoint: the bytes of each of its files
 PARTS = ("optimizer", "scheduler", "rng_state")  # what another run would begin anew
@@ -47,13 +47,14 @@ def damage(checkpoint: str | Path) -> str | None:
     """What is missing in a checkpoint or cut short, in words; None where nothing is."""
     noted = Path(checkpoint, FILES)
     if not noted.is_file():  # of an earlier version
-        names = [path.name for path in Path(checkpoint).iterdir()]
-        lacking = [part for part in PARTS if not any(name.startswith(part) for name in names)]
-        return f"has no {lacking[0]}" if lacking else None
+        lacking = _lacking([path.name for path in Path(checkpoint).iterdir()])
+        return f"has no {lacking[0]}" if lacking else _state_fault(checkpoint)
     try:
         sizes = read_record(noted)
     except ValueError:
         return f"has a {FILES} that is cut short"
+    if lacking := _lacking(sizes):
+        return f"has a {FILES} that is damaged: it names no {lacking[0]}"
     for name, size in sizes.items():
         if type(size) is not int:
             return f"has a {FILES} that is damaged"
@@ -62,11 +63,38 @@ def damage(checkpoint: str | Path) -> str | None:
             return f"has no {name}"
         if file.stat().st_size < size:
             return f"has a {name} that is cut short ({file.stat().st_size:,} bytes of {size:,})"
+    return _state_fault(checkpoint)
+
+
+def _lacking(names: Collection[str]) -> list[str]:
+    return [part for part in PARTS if not any(name.startswith(part) for name in names)]
+
+
+def _state_fault(checkpoint: str | Path) -> str | None:
+    """What is wrong with the Trainer's state, in words; None where nothing is."""
     try:
-        read_record(Path(checkpoint, TRAINER_STATE_NAME), global_step=int, num_input_tokens_seen=int)
+        state = read_record(Path(checkpoint, TRAINER_STATE_NAME))
     except ValueError:
-        return f"has a {TRAINER_STATE_NAME} that is damaged"
-    return None
+        return f"has a {TRAINER_STATE_NAME} that is cut short"
+    types = get_type_hints(TrainerState) | {"stateful_callbacks": dict, "log_history": list}
+    wrong = [name for name, value in state.items() if not _fits(value, types.get(name))]
+    wrong += [name for name in ("global_step", "num_input_tokens_seen") if name not in state]
+    if not wrong and state["global_step"] != step_of(str(checkpoint)):
+        wrong = ["global_step"]
+    if not wrong and not all(isinstance(line, dict) for line in state.get("log_history", [])):
+        wrong = ["log_history"]
+    if not wrong:
+        return None
+    value = str(state.get(wrong[0], "missing"))[:80]
+    return f"has a {TRAINER_STATE_NAME} that is damaged: {one_line(wrong[0])} is {value!r}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of the state is of its type; a number may be any that is none below 0."""
+    kinds = {get_origin(each) or each for each in get_args(hint) or (hint,)}
+    if kinds & {int, float} and is_number(value):
+        return value >= 0
+    return type(value) in kinds
 
 
 def check_whole(checkpoint: str, max_steps: int) -> None:

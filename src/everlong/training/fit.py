@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from everlong.data import DataConfig, TextConfig
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
 # say. Others look beyond (OPT, Falcon), or read recurrently.
 RESTART = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj", "phi")
 LEARNT = ("gpt2", "gpt_neo", "opt", "biogpt")  # positions that are a table
+
+
+def check_lengths(lengths: Sequence[int], config: PretrainedConfig) -> None:
+    """Refuse lengths that models of this configuration cannot be asked for behind their training."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    limit = getattr(config, "max_position_embeddings", None)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if limit is None or getattr(model, "_is_stateful", False) or max(lengths) <= limit:
+        return
+    fitting = [each for each in lengths if each <= limit] or [limit]
+    raise ValueError(
+        f"evaluation.lengths go up to {max(lengths):,} tokens, but this model takes {limit:,} at most: "
+        f"set --evaluation.lengths={fitting}, or a larger model.max_position_embeddings"
+    )
 
 
 def check_fit(data: DataConfig, config: PretrainedConfig) -> None:

@@ -101,6 +101,16 @@ class Watch(TrainerCallback):
             parameter.grad = None
         self.progress.skipped(state.global_step + 1, what)
 
+    def check_weights(self, model: nn.Module, args: Any, state: Any) -> None:
+        """Raise NonFiniteError for a model that the last update has spoilt, naming the parameter. To be
+        asked before it is written: no loss of it is known yet."""
+        names = [name for name, each in model.named_parameters() if not _is_finite(whole(each))]
+        if not any_process(bool(names)):
+            return
+        if not names:
+            raise ProcessLost
+        raise NonFiniteError(_stopped(f"{names[0]} is not finite", args, state, state.global_step))
+
     def _take(self, layer: int, output: Any) -> None:
         # Layers of LM2's positions also hand out what the next layer's bank wants to know.
         out = output if isinstance(output, BlockOutput) else output[0]
@@ -162,8 +172,18 @@ def _hooked(model: nn.Module, look: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _stopped(what: str, arguments: Any, state: Any) -> str:
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all of it is. Its ends are: a mask of a large one would take as much memory again."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _stopped(what: str, arguments: Any, state: Any, step: int | None = None) -> str:
+    """step: of which it was found; the one behind those that are done if not given."""
+    step = state.global_step + 1 if step is None else step
     return (
-        f"{what} at step {state.global_step + 1}; {describe_last(arguments.output_dir)}. A lower "
+        f"{what} at step {step}; {describe_last(arguments.output_dir)}. A lower "
         "training.learning_rate or training.max_grad_norm, or more training.warmup_steps, may help"
     )

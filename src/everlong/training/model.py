@@ -84,8 +84,8 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     except Exception as error:  # transformers raises several kinds, all of them about files and fields
         if kind is None and "ignore_mismatched_sizes" in str(error):
             raise ValueError(
-                f"model.path {path} holds weights of other sizes than the recipe's fields of `model` say: "
-                f"leave out those of {', '.join(fields)} that change sizes"
+                f"model.path {path} holds weights of other sizes than the recipe's fields of `model` "
+                f"say: leave out those of {', '.join(fields)} that change sizes"
             ) from error
         raise ValueError(f"model.path {path} cannot be loaded: {one_line(error)}") from error
     if kind is None:

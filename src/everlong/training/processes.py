@@ -43,6 +43,10 @@ def launch_defaults(model: Mapping[str, Any], fields: Mapping[str, Any]) -> dict
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cpu = fields.get("use_cpu", gpus == 0)
+    if not on_cpu and not gpus:
+        raise ValueError(
+            "training.use_cpu is false, but this machine has no GPU: leave it out, or give it as true"
+        )
     if not on_cpu and here > gpus:
         raise ValueError(
             f"torchrun started {here} processes on a machine with {gpus} GPUs: start it with "

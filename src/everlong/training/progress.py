@@ -22,9 +22,10 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from everlong.files import append_line, read_lines, write_file
+from everlong.words import is_number
 
 METRICS_FILE = "metrics.jsonl"
-NUMBERS = ("loss", "eval_loss", "seconds", "tokens", "tokens_per_second")  # which are read back
+LOSSES, NUMBERS = ("loss", "eval_loss"), ("seconds", "tokens", "tokens_per_second")  # are read back
 
 
 class TrainingProgress(TrainerCallback):
@@ -170,6 +171,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_record(line: Any) -> bool:
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not is_number(line["step"]):
         return False
-    return all(type(line[name]) in (int, float) for name in NUMBERS if name in line)
+    sound = all(is_number(line[name]) for name in NUMBERS if name in line)
+    return sound and all(is_loss(line[name]) for name in LOSSES if name in line)
+
+
+def is_loss(value: Any) -> bool:
+    """Whether a value that was read may be a loss, which is NaN or infinite where a model is spoilt."""
+    return isinstance(value, float) or is_number(value)

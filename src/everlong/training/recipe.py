@@ -14,6 +14,7 @@ seed, output_dir, name: see Recipe
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,17 +25,20 @@ import yaml
 
 from everlong import strict_yaml
 from everlong.data import HAYSTACKS, TASKS, DataConfig, HaystackConfig, NeedleConfig
+from everlong.data.config import LONGEST, MOST_SAMPLES
 from everlong.data.tokenizer import BYTES
-from everlong.files import write_file
+from everlong.files import place, write_file
 from everlong.provenance import RECIPE_FILE
 from everlong.words import SIZE, check_names, did_you_mean, one_line, size_of
 
 from .arguments import argument_types, build_training_arguments, check_given
-from .fit import check_fit
+from .fit import check_fit, check_lengths
 from .model import WRAPPED, build_model_config
 
 NAME = r"(?!\.+$)[^/\\\0]{1,200}"  # of one folder
 INNER = "model.base_config."
+# Fields of `data` that may name files or folders.
+PLACES = ("source", "validation_source", "tokenizer", "folder", "cache_folder")
 
 
 @dataclass
@@ -55,13 +59,20 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name in ("held_out_samples", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+            if value > MOST_SAMPLES:
+                raise ValueError(f"evaluation.{name} must be at most {MOST_SAMPLES:,}, got {value:,}")
         for task in self.tasks:
             if task not in HAYSTACKS:
                 raise ValueError(_unknown("evaluation.tasks", task, HAYSTACKS))
         if self.tasks and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"evaluation.lengths are token numbers, got {self.lengths}")
+        if max(self.lengths, default=0) > LONGEST:
+            raise ValueError(
+                f"evaluation.lengths are {LONGEST:,} tokens at most, got {max(self.lengths):,}"
+            )
 
 
 @dataclass
@@ -93,6 +104,8 @@ class Recipe:
     output_dir: the run folder; runs/NAME if not given.
     seed: of the initial weights and of the training samples.
     name: what reports call it; the file's name if not given.
+
+    A folder may be given from the home folder on, as ~/runs.
     """
 
     model: dict[str, Any]
@@ -112,6 +125,16 @@ class Recipe:
             )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0 ... {(1 << 32) - 1}, got {self.seed}")
+        self._find_home()
+
+    def _find_home(self) -> None:
+        """Write ~ out wherever a file or folder is named."""
+        if self.output_dir is not None:
+            self.output_dir = place(self.output_dir, "output_dir")
+        if "path" in self.model:
+            self.model = {**self.model, "path": _at_home(self.model["path"])}
+        named = {name: getattr(self.data, name, None) for name in PLACES}
+        self.data = replace(self.data, **{n: _at_home(value) for n, value in named.items() if value})
 
     def to_yaml(self) -> str:
         """The recipe with all that its file leaves to defaults but the model's and Trainer's own."""
@@ -125,6 +148,13 @@ class Recipe:
     def run_folder(self) -> Path:
         """The folder that training writes to."""
         return Path(self.output_dir or Path("runs") / (self.name or "unnamed"))
+
+
+def _at_home(value: Any) -> Any:
+    """A name, or each of several, with the home folder in the place of ~; of other values nothing."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def known_recipes() -> dict[str, Path]:
@@ -163,10 +193,13 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_override_names(pairs, task)
     values = _parse(path, pairs, task)
     parts = {name: kind(**values.pop(name)) for name, kind in {"data": task, **_PARTS}.items()}
-    loaded = Recipe(**parts, **{**values, "name": values["name"] or path.stem})
+    name = path.stem if values["name"] is None else values["name"]
+    loaded = Recipe(**parts, **{**values, "name": name})
     config = build_model_config(loaded)
     if loaded.model.get("type") not in WRAPPED:  # these read all there is
         check_fit(loaded.data, config)
+        if loaded.evaluation.tasks:
+            check_lengths(loaded.evaluation.lengths, config)
     _check_tasks(loaded)
     build_training_arguments(loaded)
     return loaded
@@ -235,6 +268,8 @@ def _check_override_names(overrides: Sequence[tuple[str, str]], task: type[DataC
     for option, _ in overrides:
         part, _, name = option.partition(".")
         check_names([part], _names(Recipe))
+        if part in ("model", "data", "training", *_PARTS) and not name:
+            raise ValueError(f"{part} holds fields: give one of them, as --{part}.FIELD=VALUE")
         if part == "data" and name == "task":
             raise ValueError("data.task decides what a recipe is: take another recipe, or edit it")
         if part in ("data", *_PARTS):

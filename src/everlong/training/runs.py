@@ -19,12 +19,11 @@ from everlong import strict_yaml
 from everlong.files import read_lines
 from everlong.pictures import LINE, log_if_wide, look, new_figure, save_figure, short_name
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, model_name
-from everlong.words import one_line, shown
+from everlong.words import is_number, one_line, shown
 
 from .changes import flat_fields
-from .progress import METRICS_FILE, read_metrics
+from .progress import LOSSES, METRICS_FILE, is_loss, read_metrics
 
-LOSSES = ("loss", "eval_loss")
 SHOWN = ("step", "steps", "parameters", "tokens", "tokens_per_second")
 PICTURE_FILE = "loss.png"
 SMOOTHED = 25  # about so many points of the drawn line stand for a run
@@ -100,8 +99,7 @@ def _no_numbers(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if (name in SHOWN and (type(value) not in (int, float) or not math.isfinite(value)))
-        or (name in LOSSES and type(value) not in (int, float))
+        if (name in SHOWN and not is_number(value)) or (name in LOSSES and not is_loss(value))
     }
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +39,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from everlong.allocator import keep_freed_memory
 from everlong.data import gives_back
 from everlong.files import (
-    LOCK,
     NotWritten,
     aside_of,
     check_output,
     hold,
+    read_record,
     sync,
     whole_files,
     write_file,
@@ -57,12 +56,12 @@ from .arguments import build_training_arguments
 from .carry import MemoryTrainer
 from .changes import check_changes, identity
 from .checkpoint import check_whole, describe_last, last_checkpoint, reading, seal, step_of
+from .folder import check_deletable, delete_run
 from .guards import Watch
 from .model import build_model
 from .processes import any_process, is_main, lost_processes, num_processes, together
 from .progress import METRICS_FILE, TrainingProgress
 from .recipe import Recipe, load_recipe
-from .records import read_record
 from .runs import PICTURE_FILE, Run, plot_losses
 from .sharding import check_kind, save_whole_model
 from .tensorboard import Logs
@@ -70,15 +69,25 @@ from .tensorboard import Logs
 # Of a group of parameters: what the recipe says, and not the checkpoint of a run that it has continued.
 SET_BY_RECIPE = ("initial_lr", "weight_decay", "betas", "eps")
 
+# Of a result: what is told of a run that has ended. Without it the end is written anew.
+TOLD = {"parameters": int, "tokens": int, "seconds": float, "tokens_per_second": float}
+
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C; the message says where the last checkpoint is."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    then: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Train the recipe's model from the start, in `recipe.run_folder`.
 
-    overwrite: delete an earlier run in that folder; without it such a folder is refused.
+    overwrite: delete an earlier run in that folder; without it such a folder is refused, and so is one
+        that holds anything but that run, or what the recipe reads.
+    then: done with the result as long as no other process may write to the folder.
     Returns what result.json holds: parameters, steps, tokens, seconds, tokens_per_second, loss.
     Raises NonFiniteError at a loss or gradient that is not finite. Ctrl-C finishes the step, saves
     a checkpoint and raises TrainingInterrupted; a second one stops at once.
@@ -93,17 +102,25 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> dict[str, Any]:
                 overwrite=overwrite,
                 otherwise=f"continue it with --resume {folder}, ",
             )
-        return _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
+            check_deletable(recipe, folder)
+        result = _run(replace(recipe, output_dir=str(folder)), checkpoint=None, emptied=True)
+        then(result)
+        return result
 
 
-def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    then: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Continue the run in a folder from its last checkpoint; otherwise like `train`.
 
     A run that was killed before its first one starts anew, one that has ended is left as it is.
     overrides: as for `load_recipe`, over the run's own recipe. What they change of the learning rate
     holds from the next step on.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for file in (RECIPE_FILE, PROVENANCE_FILE):
         if not Path(folder, file).is_file():
             raise ValueError(f"{folder} is not a run folder: it has no {file}")
@@ -111,23 +128,30 @@ def resume(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError("a run is resumed in its own folder: leave --output_dir out")
     recipe = load_recipe(folder / RECIPE_FILE, overrides)
     with _alone(folder):
-        checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
-        result = _ended(folder, checkpoint, steps)
-        if result is not None:
-            if overrides:
-                _check_unchanged(recipe, folder)
-            if is_main():
-                text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
-                Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
-            return result
-        if checkpoint is not None:
-            check_whole(checkpoint, steps)
-        elif (folder / RESULT_FILE).is_file():
-            raise ValueError(
-                f"{folder} holds no checkpoint to resume from: "
-                "train it anew with --overwrite, with training.save_steps below training.max_steps"
-            )
-        return _run(replace(recipe, output_dir=str(folder)), checkpoint)
+        result = _go_on(recipe, folder, changed=bool(overrides))
+        then(result)
+        return result
+
+
+def _go_on(recipe: Recipe, folder: Path, *, changed: bool) -> dict[str, Any]:
+    """Train on from a folder's last checkpoint, unless the run there has ended."""
+    checkpoint, steps = last_checkpoint(folder), recipe.training["max_steps"]
+    result = _ended(folder, checkpoint, steps)
+    if result is not None:
+        if changed:
+            _check_unchanged(recipe, folder)
+        if is_main():
+            text = f"{folder} is finished after {steps} steps; --training.max_steps gives it more"
+            Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+        return result
+    if checkpoint is not None:
+        check_whole(checkpoint, steps)
+    elif (folder / RESULT_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from: "
+            "train it anew with --overwrite, with training.save_steps below training.max_steps"
+        )
+    return _run(replace(recipe, output_dir=str(folder)), checkpoint)
 
 
 def _check_unchanged(recipe: Recipe, folder: Path) -> None:
@@ -158,7 +182,7 @@ def _ended(folder: Path, checkpoint: str | None, steps: int) -> dict[str, Any] |
     if not any(folder.glob("model*.safetensors")):
         return None
     try:
-        result = read_record(folder / RESULT_FILE)
+        result = read_record(folder / RESULT_FILE, **TOLD)
     except (OSError, ValueError):
         return None
     reached = steps if checkpoint is None else step_of(checkpoint)
@@ -284,14 +308,10 @@ def _draw(folder: Path, progress: TrainingProgress) -> None:
 
 
 def _prepare_folder(recipe: Recipe, about: dict[str, Any]) -> None:
-    """An empty run folder, but for what the run is."""
+    """A run folder without an earlier run, and with what the new one is."""
     folder = recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    delete_run(folder)
     _write_recipe(recipe, about)
 
 
@@ -382,10 +402,9 @@ class EverlongTrainer(MemoryTrainer):
         return super()._get_output_dir(trial) if self.saving_in is None else str(self.saving_in)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        folder, step = Path(self.args.output_dir), self.state.global_step
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self.state.best_global_step == step:
-            self.state.best_model_checkpoint = str(folder / name)
+        self.watch.check_weights(self.model, self.args, self.state)
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._written_aside(name) as aside:
             self.saving_in = aside
             try:
@@ -398,14 +417,11 @@ class EverlongTrainer(MemoryTrainer):
             if is_main():
                 sync(folder / METRICS_FILE)  # what it says up to here will not be logged again
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
 
     def save_trained(self) -> None:
         """Write the model and the tokenizer to the run folder."""
+        self.watch.check_weights(self.model, self.args, self.state)
         card = "README.md"
         with self._written_aside("the model") as aside:
             save_whole_model(self, aside)
