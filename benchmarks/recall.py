@@ -5,8 +5,8 @@
 - copy: 32 symbols of 24, then the same again; the loss is that of the second half (chance 3.178).
 - mqar: N pairs of a key and a value (64 symbols each), then every key in another order; the loss is
   that of the values behind them (multi-query associative recall, arXiv 2312.04927; chance 1 in 64).
-- A model has two layers, of a width that --head_dim and --heads make, and is trained with AdamW, batches
-  of 32, 20 steps of warm-up and a cosine; `accuracy` and `loss` are those of 256 samples not seen.
+- A model has two layers, as wide as --head_dim times --heads, and is trained with AdamW, batches of 32,
+  20 steps of warm-up and a cosine; `accuracy` and `loss` are those of 256 samples not seen.
 - `gradients`: norms of the trained model's gradients on 512, 4,096 and 16,384 random symbols.
 """
 

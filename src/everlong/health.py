@@ -67,8 +67,8 @@ class Health:
                 )
             if each.value_over_output > 3:
                 found.append(
-                    f"{where}: values are {each.value_over_output:.2g} times as long as what the memory "
-                    "puts out, or it is empty: it cannot reach them"
+                    f"{where}: values are {each.value_over_output:.2g} times as long as what the "
+                    "memory puts out: it is empty, or cannot reach them"
                 )
         norms = [norm for _, norm in self.gradients if norm > 0]
         if norms and norms[-1] > 10 * norms[0]:
@@ -220,7 +220,9 @@ def _length(vector: Sequence[Tensor]) -> Tensor:
 def _gradients(model: nn.Module, input_ids: Tensor) -> list[tuple[int, float]]:
     """(tokens back, norm of the last piece's loss by all memories' weights there), nearest first."""
     size = max(1, -(-input_ids.shape[1] // PIECES))
-    cache, held, ends = None, [], []
+    cache: Any = None
+    held: list[list[Tensor]] = []
+    ends: list[int] = []
     with torch.enable_grad():
         for piece in input_ids.split(size, 1):
             if cache is not None:
@@ -246,7 +248,7 @@ def _gradients(model: nn.Module, input_ids: Tensor) -> list[tuple[int, float]]:
 
 def _weights(cache: Any) -> list[Tensor]:
     """The memories' weights in a cache."""
-    found = []
+    found: list[Tensor] = []
     for layer in cache.layers:
         states = [layer.state, getattr(layer.state, "memory", None)]
         for state in states:

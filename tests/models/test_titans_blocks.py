@@ -18,6 +18,7 @@ SWITCHES = {
     "no decay": {"memory_decay": False},
     "no persistent tokens": {"num_persistent_tokens": 0},
     "more persistent tokens than a chunk": {"num_persistent_tokens": 5},
+    "the last layer alone forgets": {"memory_forget": "last"},
     "a threshold": {"memory_write_threshold": 0.3, "initial_theta": 0.3},
     "saved before scales": OLDER,
 }

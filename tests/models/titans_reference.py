@@ -76,7 +76,7 @@ class Memory:
 
     def gate(self, projection, x):
         logits = projection.weight @ x + projection.bias
-        return torch.sigmoid(logits).view(self.layer.num_heads, self.layer.depth)
+        return torch.sigmoid(logits).view(self.layer.num_heads, -1)
 
     def read_write(self, x):
         """Write x, then answer it."""
@@ -93,12 +93,12 @@ class Memory:
         with torch.no_grad():  # the gate's gradient is that of a gate that is written as it is
             faint = theta * (theta < layer.write_threshold)
         theta = (theta - faint) * theta.new_tensor(layer.max_thetas)
-        eta = alpha = torch.zeros_like(theta)
+        eta, alpha = torch.zeros_like(theta), torch.zeros_like(theta)
         if layer.eta_proj is not None:
             eta = self.gate(layer.eta_proj, x)
             theta = theta * (1 - eta)
         if layer.alpha_proj is not None:
-            alpha = self.gate(layer.alpha_proj, x)
+            alpha[:, -layer.forgetting_layers :] = self.gate(layer.alpha_proj, x)
         self.momentum = [
             eta[:, i, None, None] * s - theta[:, i, None, None] * u
             for i, (s, u) in enumerate(zip(self.momentum, surprise, strict=True))

@@ -1,5 +1,7 @@
 """Chunks in which nothing is written: the native scan reads them and does nothing else."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_still_chunks_equal_those_that_write_nothing(depth, decay, momentum):
     torch.manual_seed(0)
     batch, heads, size, chunk, chunks = 2, 2, 6, 5, 40
     widths = [size, *[9] * (depth - 1), size]
-    weights = [torch.randn(batch, heads, *pair) for pair in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(batch, heads, *pair) for pair in pairwise(widths)]
     q, k, v = torch.randn(3, batch, chunk * chunks, heads, size).double()
     theta = 0.01 * torch.rand(batch, chunk * chunks, heads, depth)
     theta[:, 3 * chunk :] = 0

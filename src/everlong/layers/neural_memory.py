@@ -30,7 +30,6 @@ from everlong.ops.inner_mlp import NORM_EPS
 from everlong.ops.recompute import recomputed
 from everlong.ops.state import check_kind
 
-
 GELU_SQUARE = 0.4252  # the mean of gelu(x)^2 where x is normal
 STABLE = 2.0  # step times curvature above which gradient descent overshoots more and more
 ALIKE = 1 / 8  # how much two tokens' inner gradients have in common in a fresh memory, about
@@ -62,6 +61,8 @@ class NeuralMemory(Layer):
         chunk_size: tokens C whose inner gradients are taken at one point (1: the exact recurrence).
         conv_kernel: taps of the causal convolution after the projections; 0 leaves it out.
         momentum, decay: False leaves out S_t or the forgetting.
+        forget: "all" layers of the memory network, or the "last" alone: what finds its way through the
+            others can be written again, however much was forgotten.
         residual_norm: M(x) = x + scale * LN(MLP(x)); False is the plain MLP, which may diverge.
         unit_scale: the fresh network's products have unit variance, and theta is counted in what one
             write corrects of its own error (see `max_learning_rate`). False: weights of variance 1 /
@@ -93,6 +94,7 @@ class NeuralMemory(Layer):
         conv_kernel: int = 4,
         momentum: bool = True,
         decay: bool = True,
+        forget: str = "all",
         residual_norm: bool = True,
         unit_scale: bool = True,
         norm_floor: float = 0.7,
@@ -124,6 +126,8 @@ class NeuralMemory(Layer):
             raise ValueError(f"max_learning_rate must be positive and finite, got {max_learning_rate}")
         if not 0 <= norm_eps < math.inf:
             raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
+        if forget not in ("all", "last"):
+            raise ValueError(f'forget must be "all" or "last", got {forget!r}')
         if not 0 < norm_floor < math.inf:
             raise ValueError(f"norm_floor must be positive and finite, got {norm_floor}")
         if not 0 <= write_threshold < 1:
@@ -133,7 +137,7 @@ class NeuralMemory(Layer):
         if unit_scale and initial_theta * max_learning_rate > STABLE:
             warnings.warn(
                 f"a fresh memory is beyond stability: initial_theta x max_learning_rate is "
-                f"{initial_theta * max_learning_rate:.3g}, {STABLE:g} at most are safe: lower one of them",
+                f"{initial_theta * max_learning_rate:.3g}, {STABLE:g} at most: lower one of them",
                 stacklevel=2,
             )
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
@@ -154,8 +158,9 @@ class NeuralMemory(Layer):
             self.conv = Weight(3 * width, conv_kernel, start=uniform)
         gates = num_heads * depth
         self.theta_proj = Gate(hidden_size, gates, initial_theta)
-        per_layer = [alpha for alpha in alphas for _ in range(depth)]
-        self.alpha_proj = Gate(hidden_size, gates, per_layer) if decay else None
+        self.forgetting_layers = 1 if forget == "last" else depth
+        starts = [alpha for alpha in alphas for _ in range(self.forgetting_layers)]
+        self.alpha_proj = Gate(hidden_size, len(starts), starts) if decay else None
         self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
         floor = norm_floor if residual_norm else None
@@ -173,14 +178,17 @@ class NeuralMemory(Layer):
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.unit_scale = unit_scale
         self.tie_queries()
 
     @torch.no_grad()
     def tie_queries(self) -> None:
         """A token's query starts as the key of the token behind it, as far as that is known: the same
-        projection, and taps that lie one token later. So what followed something is found from the first
-        step on.
+        projection, and taps that lie one token later. So what followed something is found from the
+        first step on. Nothing is changed without unit_scale.
         """
+        if not self.unit_scale:
+            return
 
         def is_loaded(parameter: Tensor) -> bool:
             return getattr(parameter, "_is_hf_initialized", False)
@@ -388,7 +396,7 @@ class NeuralMemory(Layer):
         gate of theta."""
 
         def logits(projection: Gate) -> Tensor:
-            return projection(x).to(dtype).unflatten(-1, (self.num_heads, self.depth))
+            return projection(x).to(dtype).unflatten(-1, (self.num_heads, -1))
 
         strength = torch.sigmoid(logits(self.theta_proj))
         if self.write_threshold:
@@ -398,6 +406,7 @@ class NeuralMemory(Layer):
         log_retain = log_eta = None
         if self.alpha_proj is not None:
             log_retain = F.logsigmoid(-logits(self.alpha_proj))
+            log_retain = F.pad(log_retain, (self.depth - self.forgetting_layers, 0))
         if self.eta_proj is not None:
             momentum = logits(self.eta_proj)
             log_eta = F.logsigmoid(momentum)

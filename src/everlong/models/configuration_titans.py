@@ -28,6 +28,7 @@ STATE_FIELDS = (
 # What came after the first models were saved, with what they are: a file that lacks it means this.
 OLDER = {
     "mac_residual": False,
+    "memory_forget": "all",
     "memory_unit_scale": False,
     "memory_normalize_values": False,
     "memory_write_threshold": 0.0,
@@ -61,15 +62,16 @@ class TitansConfig(PreTrainedConfig):
         chunk_size: tokens whose inner gradients are taken at one point.
         conv_kernel: taps of the convolution after the memory's projections; 0 leaves it out.
         memory_momentum, memory_decay: False leaves out the momentum or the forgetting.
+        memory_forget: which layers of the memory network forget, "all" or the "last".
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
-        mac_residual: what `"mac"` absorbs is norm(x + Attn(...)), so that a token is there from the first
-            step; False leaves out x, as v1 eq. 24 has it to the letter.
+        mac_residual: what `"mac"` absorbs is norm(x + Attn(...)), so that a token is there from the
+            first step; False leaves out x, as v1 eq. 24 has it to the letter.
         memory_unit_scale, memory_norm_floor, memory_normalize_values: how a fresh memory and its steps
             are scaled (see `NeuralMemory`). False, any and False are the start of models saved before
             these fields were there, with max_memory_learning_rate 2, initial_alpha 1e-4 and
             initial_theta 0.5.
-        max_memory_learning_rate: upper end of theta (see `NeuralMemory`); with initial_theta of it above
-            2 a fresh memory is beyond the stability of its own gradient descent.
+        max_memory_learning_rate: upper end of theta (see `NeuralMemory`); where initial_theta of it is
+            above 2, a fresh memory is beyond the stability of its own gradient descent.
         memory_write_threshold: in [0, 1): what is written more faintly than this share of the upper
             end is not written at all, in training too, where the gates' gradients are as without it.
         memory_read_only: the memory is never written: every token reads it as training left it.
@@ -106,6 +108,7 @@ class TitansConfig(PreTrainedConfig):
     conv_kernel: int = 4
     memory_momentum: bool = True
     memory_decay: bool = True
+    memory_forget: str = "all"
     memory_residual_norm: bool = True
     mac_residual: bool = True
     memory_unit_scale: bool = True
@@ -204,6 +207,8 @@ class TitansConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.memory_forget not in ("all", "last"):
+            raise ValueError(f'memory_forget must be "all" or "last", got {self.memory_forget!r}')
         for name in ("memory_norm_floor", "max_memory_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

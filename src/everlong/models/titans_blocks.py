@@ -178,6 +178,7 @@ class MemoryBlock(Block):
             conv_kernel=config.conv_kernel,
             momentum=config.memory_momentum,
             decay=config.memory_decay,
+            forget=config.memory_forget,
             residual_norm=config.memory_residual_norm,
             unit_scale=config.memory_unit_scale,
             norm_floor=config.memory_norm_floor,
