@@ -168,3 +168,24 @@ def test_a_state_of_another_convolution_is_refused():
     for kernel, wrong in ((4, 2), (2, 4), (0, 4)):
         with pytest.raises(ValueError, match="convolution tail"):
             NeuralMemory(8, 2, chunk_size=4, conv_kernel=kernel)(x, states[wrong])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_what_forgot_everything_in_its_last_layer_is_written_again(depth):
+    """After 100,000 tokens of full forgetting, which leave nothing of the last layer."""
+    torch.manual_seed(0)
+    layer = NeuralMemory(8, 1, chunk_size=4, depth=depth, forget="last", conv_kernel=0)
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        theta = layer.theta_proj.bias.clone()
+        layer.alpha_proj.bias.fill_(30.0)
+        layer.theta_proj.bias.fill_(-200.0)
+        state = layer(torch.randn(1, 100_000, 8))[1].close()
+        assert not state.weights[-1].any()
+        layer.alpha_proj.bias.fill_(-10.0)
+        layer.theta_proj.bias.copy_(theta)
+        with layer._rows(x, None) as (_, k, v, _):
+            empty = read_neural_memory(k, state.weights, layer.memory_scale())
+            state = layer(x.repeat(1, 50, 1), state)[1]
+            full = read_neural_memory(k, state.weights, layer.memory_scale())
+    assert (full - v).square().sum() < 0.5 * (empty - v).square().sum()
