@@ -99,11 +99,11 @@ class NeuralMemory(Layer):
         unit_scale: bool = True,
         norm_floor: float = 0.7,
         normalize_values: bool = True,
-        max_learning_rate: float = 4.0,
+        max_learning_rate: float = 2.0,
         write_threshold: float = 0.0,
-        initial_alpha: float | Sequence[float] = 1e-4,
+        initial_alpha: float | Sequence[float] = 1e-3,
         initial_eta: float = 0.5,
-        initial_theta: float = 0.3,
+        initial_theta: float = 0.6,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()

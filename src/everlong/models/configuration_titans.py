@@ -83,7 +83,7 @@ class TitansConfig(PreTrainedConfig):
             what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end); two values of alpha go from the first head's to the last's, in equal ratios.
-            1e-4 keeps what was read for thousands of tokens; language wants about 0.05.
+            1e-3 keeps what was read for a thousand tokens.
     """
 
     model_type = "titans"
@@ -115,10 +115,10 @@ class TitansConfig(PreTrainedConfig):
     memory_norm_floor: float = 0.7
     memory_normalize_values: bool = True
     memory_write_threshold: float = 0.0
-    max_memory_learning_rate: float = 4.0
-    initial_alpha: float | list[float] = 1e-4
+    max_memory_learning_rate: float = 2.0
+    initial_alpha: float | list[float] = 1e-3
     initial_eta: float = 0.5
-    initial_theta: float = 0.3
+    initial_theta: float = 0.6
     memory_read_only: bool = False
     memory_write_cost: float = 0.0
     backprop_segments: int | None = None
