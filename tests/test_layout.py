@@ -25,6 +25,7 @@ ALLOWED = {
     "hub": {"huggingface_hub", ".words"},
     "files": {"filelock", ".words"},
     "data": {"*", ".files", ".hub", ".words"},
+    "health": {"torch", ".layers", ".ops"},
     "allocator": set(),
     "provenance": {"*"},
     "pictures": {"*", ".files", ".words"},

@@ -340,7 +340,11 @@ def test_texts_are_those_of_generate(kind, tokenizer):
     for text, got in zip(texts, found, strict=True):
         ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         new = subject.model.generate(
-            **ids, max_new_tokens=9, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **ids,
+            max_new_tokens=9,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )[0, ids["input_ids"].shape[1] :]
         assert got == tokenizer.decode(new, skip_special_tokens=True)
 

@@ -17,6 +17,8 @@ from everlong.models import (
     RMTForCausalLM,
     TitansConfig,
 )
+from everlong.models.configuration_titans import OLDER
+from subjects import titans
 
 EVERY = pytest.mark.parametrize("kind", [TitansConfig, LM2Config, RMTConfig, GatedDeltaNetConfig])
 # What files of transformers 4 and 5 hold besides a model's own fields.
@@ -153,3 +155,26 @@ def test_the_layers_numbers_are_finite(name, number):
     with pytest.raises(ValueError, match=f"{name} must .*{number}"):
         NeuralMemory(8, 2, **{name: number})
     assert torch.isfinite(NeuralMemory(8, 2, max_learning_rate=2)(torch.ones(1, 3, 8))[0]).all()
+
+
+def test_a_file_from_before_the_scales_means_what_it_meant(tmp_path):
+    """Its model and its memories too; a new configuration has the new start."""
+    older = TitansConfig(**OLDER, max_memory_learning_rate=2.0, initial_alpha=1e-4, initial_theta=0.5)
+    older.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = {k: v for k, v in json.loads(file.read_text()).items() if k not in OLDER}
+    file.write_text(json.dumps(fields))
+    loaded = TitansConfig.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in OLDER} == OLDER
+    assert not set(OLDER) & set(loaded.state_fields())
+    assert TitansConfig().memory_unit_scale
+    assert TitansConfig.from_dict({"memory_depth": 3}).memory_unit_scale  # nobody saved it
+
+
+def test_a_memory_of_another_threshold_is_refused():
+    ids = torch.randint(11, (1, 9))
+    cache = titans("lmm", memory_write_threshold=0.1)().memorize(ids)
+    with pytest.raises(ValueError, match="memory_write_threshold"):
+        titans("lmm", memory_write_threshold=0.2)()(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="more in it"):
+        titans("lmm")()(ids, past_key_values=cache)
