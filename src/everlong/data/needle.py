@@ -23,6 +23,7 @@ _NAMES = (
     "Salerno Seville Sofia Tripoli Tunis Turin Utrecht Venice Verona Vienna Warsaw York Zurich"
 )
 NAMES = tuple(_NAMES.split())
+WORD = 6  # bytes of an English word and the space before it, about
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class NeedleConfig(HaystackConfig):
     num_questions: how many of the needles are asked for.
     spread_questions: all questions but the last stand in the text, each somewhere behind its
         needle, instead of at the end.
+    numbers: share of the text's words that a number of one to four digits stands before, in [0, 1]; in
+        lessons alone. A memory that has met no number but keys takes any for one.
     needle, question: the sentences. {key} is the key, {of} is "" or " of NAME"; the answer follows
         the question.
     """
@@ -43,6 +46,7 @@ class NeedleConfig(HaystackConfig):
     num_needles: int = 1
     num_questions: int = 1
     spread_questions: bool = False
+    numbers: float = 0.0
     needle: str = " (The pass key{of} is {key})"
     question: str = " What is the pass key{of}? (The pass key{of} is "
 
@@ -54,6 +58,8 @@ class NeedleConfig(HaystackConfig):
                 f"num_questions must lie in 1 ... num_needles = {self.num_needles}, "
                 f"got {self.num_questions}"
             )
+        if not 0 <= self.numbers <= 1:
+            raise ValueError(f"numbers must lie in [0, 1], got {self.numbers}")
         if self.key_digits < 1:
             raise ValueError(f"key_digits must be at least 1, got {self.key_digits}")
         if self.needle.count("{key}") != 1 or "{key}" in self.question:
@@ -90,8 +96,9 @@ class NeedleConfig(HaystackConfig):
         return self.key_digits
 
     def plain(self) -> NeedleConfig:
-        """The task to judge by: the same text and sentences with one needle and one question."""
-        return replace(super().plain(), num_needles=1, num_questions=1)
+        """The task to judge by: the same sentences with one needle and one question, in the text as it
+        is."""
+        return replace(super().plain(), num_needles=1, num_questions=1, numbers=0.0)
 
     def datasets(
         self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
@@ -102,7 +109,7 @@ class NeedleConfig(HaystackConfig):
         split is the same for every seed, so that models of several seeds meet the same test text.
         """
         train, test = split(load_text(self.source), fraction=self.held_out)
-        full_length = replace(self, start_length=None)
+        full_length = replace(self, start_length=None, numbers=0.0)
         return (
             NeedleDataset(Haystack.of_bytes(train), self, num_samples, seed, batch),
             NeedleDataset(Haystack.of_bytes(test), full_length, num_samples, TEST_SEED + seed, batch),
@@ -139,4 +146,10 @@ class NeedleDataset(HaystackDataset):
             at = rng.uniform(depths[i], 1) if config.spread_questions else 1.0
             questions.append(sentence(i, at, config.question + "{key}" + config.closing, True))
         questions.append(sentence(last, 1.0, config.question + "{key}", True))
-        return needles + questions, last
+        return needles + self.numbers(rng, length) + questions, last
+
+    def numbers(self, rng: np.random.Generator, length: int) -> list[Sentence]:
+        """Numbers that nobody asks for, in a text of so many tokens."""
+        count = round(self.config.numbers * length / WORD)
+        drawn = [rng.integers(10 ** rng.integers(1, 5)) for _ in range(count)]
+        return [Sentence(rng.random(), f" {number}".encode(), b"", b"", False) for number in drawn]
