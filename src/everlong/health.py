@@ -219,30 +219,28 @@ def _length(vector: Sequence[Tensor]) -> Tensor:
 
 def _gradients(model: nn.Module, input_ids: Tensor) -> list[tuple[int, float]]:
     """(tokens back, norm of the last piece's loss by all memories' weights there), nearest first."""
-    size = max(1, -(-input_ids.shape[1] // PIECES))
+    size = -(-input_ids.shape[1] // PIECES)
+    pieces = input_ids.split(size, 1)
     cache: Any = None
     held: list[list[Tensor]] = []
-    ends: list[int] = []
     with torch.enable_grad():
-        for piece in input_ids.split(size, 1):
+        for piece in pieces:
             if cache is not None:
                 held.append([x for x in _weights(cache) if x.requires_grad])
-                for x in held[-1]:
-                    x.retain_grad()
-                ends.append(ends[-1] + size if ends else size)
             out = model(piece, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
         logits = out.logits[:, :-1].flatten(0, 1)
         if not len(logits):
             return []
-        F.cross_entropy(logits.float(), piece[:, 1:].flatten()).backward()
-    model.zero_grad()
-    total = input_ids.shape[1]
+        loss = F.cross_entropy(logits.float(), pieces[-1][:, 1:].flatten())
+    flat = [x for tensors in held for x in tensors]
+    grads = iter(torch.autograd.grad(loss, flat, allow_unused=True))
     norms = []
-    for end, tensors in zip(ends, held, strict=True):
-        squares = [x.grad.double().square().sum() for x in tensors if x.grad is not None]
-        if squares:
-            norms.append((total - end, float(torch.stack(squares).sum().sqrt())))
+    for count, tensors in enumerate(held, 1):
+        found = [grad for _, grad in zip(tensors, grads, strict=False) if grad is not None]
+        if found:
+            squares = torch.stack([grad.double().square().sum() for grad in found])
+            norms.append((input_ids.shape[1] - count * size, float(squares.sum().sqrt())))
     return sorted(norms)
 
 
