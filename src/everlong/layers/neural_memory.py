@@ -122,24 +122,11 @@ class NeuralMemory(Layer):
             (1, "chunk_size", chunk_size),
             (0, "conv_kernel", conv_kernel),
         )
-        if not 0 < max_learning_rate < math.inf:
-            raise ValueError(f"max_learning_rate must be positive and finite, got {max_learning_rate}")
-        if not 0 <= norm_eps < math.inf:
-            raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
-        if forget not in ("all", "last"):
-            raise ValueError(f'forget must be "all" or "last", got {forget!r}')
-        if not 0 < norm_floor < math.inf:
-            raise ValueError(f"norm_floor must be positive and finite, got {norm_floor}")
-        if not 0 <= write_threshold < 1:
-            raise ValueError(f"write_threshold must lie in [0, 1), got {write_threshold}")
+        _check_options(forget, max_learning_rate, norm_floor, write_threshold, norm_eps)
         alphas = _spread(initial_alpha, num_heads)
         _check_gates(initial_alpha=alphas, initial_eta=[initial_eta], initial_theta=[initial_theta])
-        if unit_scale and initial_theta * max_learning_rate > STABLE:
-            warnings.warn(
-                f"a fresh memory is beyond stability: initial_theta x max_learning_rate is "
-                f"{initial_theta * max_learning_rate:.3g}, {STABLE:g} at most: lower one of them",
-                stacklevel=2,
-            )
+        if unit_scale:
+            _warn_if_unstable(initial_theta * max_learning_rate)
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.depth, self.chunk_size = depth, chunk_size
         self.momentum, self.decay = momentum, decay
@@ -486,6 +473,31 @@ def _check_at_least(*sizes: tuple[int, str, int]) -> None:
     for least, name, value in sizes:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_options(
+    forget: str, max_learning_rate: float, norm_floor: float, write_threshold: float, norm_eps: float
+) -> None:
+    if not 0 < max_learning_rate < math.inf:
+        raise ValueError(f"max_learning_rate must be positive and finite, got {max_learning_rate}")
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
+    if forget not in ("all", "last"):
+        raise ValueError(f'forget must be "all" or "last", got {forget!r}')
+    if not 0 < norm_floor < math.inf:
+        raise ValueError(f"norm_floor must be positive and finite, got {norm_floor}")
+    if not 0 <= write_threshold < 1:
+        raise ValueError(f"write_threshold must lie in [0, 1), got {write_threshold}")
+
+
+def _warn_if_unstable(start: float) -> None:
+    """start: initial_theta x max_learning_rate, about step times curvature of a fresh memory."""
+    if start > STABLE:
+        warnings.warn(
+            f"a fresh memory is beyond stability: initial_theta x max_learning_rate is {start:.3g}, "
+            f"{STABLE:g} at most: lower one of them",
+            stacklevel=3,
+        )
 
 
 def _check_gates(**gates: Sequence[float]) -> None:
