@@ -186,3 +186,22 @@ def test_numbers_that_nobody_asks_for_stand_in_lessons_alone(tmp_path):
     assert config.plain().numbers == 0
     with pytest.raises(ValueError, match=r"numbers must lie in \[0, 1\], got 2"):
         NeedleConfig(numbers=2)
+
+
+@pytest.mark.parametrize(
+    "found",
+    ["(The pass key is 7)", "as was said: (The pass key of Rome is 48213)", "(The pass key is\n1"],
+)
+def test_a_text_that_answers_the_question_by_itself_is_refused(tmp_path, found):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(WORDS + (found.encode() if name == "b" else b""))
+    with pytest.raises(ValueError, match=r"b\.txt holds .*asked for"):
+        NeedleConfig(source=str(tmp_path), length=200).datasets(4)
+
+
+def test_a_text_that_asks_or_has_numbers_alone_is_not_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(
+            WORDS + b"What is the pass key? 48213 (The pass key is lost"
+        )
+    NeedleConfig(source=str(tmp_path), length=200).datasets(4)

@@ -6,13 +6,14 @@ then " What is the pass key? (The pass key is " and the answer.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from .haystack import TEST_SEED, Haystack, HaystackConfig, HaystackDataset, Sentence
-from .text import load_text, split
+from .text import load_text, refuse_answers, split
 
 _NAMES = (
     "Accra Algiers Amman Ankara Athens Baghdad Baku Bamako Beirut Belfast Berlin Bern Bogota "
@@ -81,6 +82,12 @@ class NeedleConfig(HaystackConfig):
         return self.needle.partition("{key}")[2]
 
     @property
+    def answer_pattern(self) -> str:
+        """A regular expression of what a needle says, of any name and with any number."""
+        before = self.needle.partition("{key}")[0].strip()
+        return re.escape(before).replace(re.escape("{of}"), "(?: of [A-Za-z]+)?") + r"\s*\d"
+
+    @property
     def longest_sentences(self) -> int:
         """Tokens that needles and questions take together, at most."""
         of = f" of {max(NAMES, key=len)}" if self.num_needles > 1 else ""
@@ -108,7 +115,9 @@ class NeedleConfig(HaystackConfig):
         The held-out one has keys of its own too, and its full length from the first sample on. The
         split is the same for every seed, so that models of several seeds meet the same test text.
         """
-        train, test = split(load_text(self.source), fraction=self.held_out)
+        documents = load_text(self.source)
+        refuse_answers(documents, self.answer_pattern)
+        train, test = split(documents, fraction=self.held_out)
         full_length = replace(self, start_length=None, numbers=0.0)
         return (
             NeedleDataset(Haystack.of_bytes(train), self, num_samples, seed, batch),

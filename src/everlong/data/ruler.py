@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from .config import IGNORE, DataConfig, digest
 from .haystack import TEST_SEED
-from .text import Document, load_text, split
+from .text import Document, load_text, refuse_answers, split
 from .tokenizer import BYTES, VOCAB_SIZE, load_tokenizer
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ class Needles:
     ) -> None:
         if not documents:
             raise ValueError("got no documents: a haystack of prose needs at least one")
+        refuse_answers(documents, r"[Ss]ecret (number|word|uuid)s? of ")
         self.documents = documents
         self.coder = Coder(tokenizer, chat)
         self._pools: dict[str, list[list[int]]] = {}

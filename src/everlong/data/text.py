@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,21 @@ def load_text(source: str | Path) -> list[Document]:
             "give a text file, a folder with *.txt files, a glob pattern or package:NAME"
         )
     return documents
+
+
+def refuse_answers(documents: Sequence[Document], pattern: str) -> None:
+    """Refuse a text that answers a question by itself: what is hidden in it would not be all that can
+    be found.
+
+    pattern: a regular expression of such an answer. Raises ValueError with the first one.
+    """
+    for document in documents:
+        found = re.search(pattern.encode(), document.text)
+        if found:
+            raise ValueError(
+                f"{document.name} holds {found[0].decode(errors='replace')!r}, which is what will be "
+                "asked for: take another text or other sentences"
+            )
 
 
 def split(
