@@ -1,4 +1,4 @@
-"""Gradients of fresh models do not grow with the length of a text."""
+"""Gradients do not grow with the length of a text, of fresh models or trained ones."""
 
 import pytest
 import torch
@@ -40,3 +40,29 @@ def gradient(model, tokens):
 def test_a_fresh_model_s_gradient_does_not_grow(kind, depth):
     model = build(kind, depth)
     assert gradient(model, 4096) <= 10 * gradient(model, 512)
+
+
+def learn_to_copy(model, steps=200):
+    """Half of 64 symbols, then the same again."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95))
+    for step in range(steps):
+        half = torch.randint(SYMBOLS, (32, 32), generator=generator)
+        ids, labels = torch.cat([half, half], 1), torch.cat([torch.full_like(half, -100), half], 1)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20)
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["lmm", "mac", "mag", "mal"])
+def test_a_trained_model_s_gradient_does_not_grow(kind, depth):
+    model = build(kind, depth)
+    learn_to_copy(model)
+    least = gradient(model, 512)
+    assert gradient(model, 4096) <= 10 * least
+    assert gradient(model, 16384) <= 10 * least

@@ -30,8 +30,10 @@ from everlong.ops.inner_mlp import NORM_EPS
 from everlong.ops.recompute import recomputed
 from everlong.ops.state import check_kind
 
-GELU_SQUARE = 0.4252  # the mean of gelu(x)^2 where x is normal
+GAIN = 0.5  # deviation of what comes into GELU; the means of GELU's square and its slope's there:
+SQUARE, SLOPE_SQUARE = 0.0835, 0.3557
 STABLE = 2.0  # step times curvature above which gradient descent overshoots more and more
+BELOW = 0.1  # of what a write corrects, the share of each layer below the last
 ALIKE = 1 / 8  # how much two tokens' inner gradients have in common in a fresh memory, about
 
 
@@ -64,9 +66,10 @@ class NeuralMemory(Layer):
         forget: "all" layers of the memory network, or the "last" alone: what finds its way through the
             others can be written again, however much was forgotten.
         residual_norm: M(x) = x + scale * LN(MLP(x)); False is the plain MLP, which may diverge.
-        unit_scale: the fresh network's products have unit variance, and theta is counted in what one
-            write corrects of its own error (see `max_learning_rate`). False: weights of variance 1 /
-            fan-in, and one bound max_learning_rate / chunk_size * (1 - eta) for all layers.
+        unit_scale: the fresh network's products have deviations of order 1, and theta is counted in
+            what one write corrects of its own error (see `max_learning_rate`), most of it in the last
+            layer. False: weights of variance 1 / fan-in, and one bound max_learning_rate / chunk_size *
+            (1 - eta) for all layers.
         norm_floor: with unit_scale, what stands under LN's variance, as a share of the fresh
             output's: it bounds the step where the last layer's weights fade. Above 0.
         normalize_values: False takes the values as they come.
@@ -101,7 +104,7 @@ class NeuralMemory(Layer):
         normalize_values: bool = True,
         max_learning_rate: float = 2.0,
         write_threshold: float = 0.0,
-        initial_alpha: float | Sequence[float] = 1e-3,
+        initial_alpha: float | Sequence[float] = 0.01,
         initial_eta: float = 0.5,
         initial_theta: float = 0.6,
         norm_eps: float = 1e-6,
@@ -420,22 +423,31 @@ class _Scales(NamedTuple):
 
     @classmethod
     def unit(cls, sizes: Sequence[int], chunk_size: int, floor: float | None) -> "_Scales":
-        """Every product of unit variance. The keys have unit length, so W_1 has unit variance; behind
-        GELU it is 1 / GELU_SQUARE of fan-in's. floor: of LN's variance, None where there is no LN.
+        """Products of deviation GAIN, the last one's of 1; each layer corrects its share of the error.
 
-        LN's own NORM_EPS is that floor, as the last layer is kept in units of sqrt(NORM_EPS / floor).
-        A step theta changes the output by 2 theta |z|^2 / (variance + floor) of the error in a layer
-        with input z; the first layer's |z|^2 = 1 makes it slower than the others, and it stays so.
+        floor: of LN's variance, None where there is no LN. LN's own NORM_EPS is that floor, as the last
+        layer is kept in units of sqrt(NORM_EPS / floor).
+        A step theta in a layer with input z changes the output by 2 theta |z|^2 |W|^2 / (1 + floor) of
+        the error, |W|^2 being what the layers above make of an error on its way back. The layers below
+        the last have a small share each: they make the inner loss curved, and long texts chaotic.
         """
-        inputs = [1.0, *(GELU_SQUARE * size for size in sizes[1:-1])]
-        units = [1.0] * len(inputs)
-        step = 1 / (2 * inputs[-1] * max(len(inputs) - 1, 1) * (1 + ALIKE * (chunk_size - 1)))
-        steps = [step] * len(inputs)
+        squares = [1.0, *(SQUARE * size for size in sizes[1:-1])]  # |z|^2; keys have unit length
+        gains = [GAIN] * (len(squares) - 1) + [1.0]
+        stds = [gain / math.sqrt(square) for gain, square in zip(gains, squares, strict=True)]
+        units = [1.0] * len(stds)
+        lower = len(stds) - 1
+        below = min(BELOW, 0.5 / max(lower, 1))
+        shares = [below] * lower + [1 - below * lower]
+        crowd = 1 + ALIKE * (chunk_size - 1)
+        back, steps = 1.0, []
+        for share, square, std, size in reversed(list(zip(shares, squares, stds, sizes, strict=False))):
+            steps.insert(0, share / (2 * square * back * crowd))
+            back *= SLOPE_SQUARE * size * std**2
         if floor is not None:
             units[-1] = math.sqrt(NORM_EPS / floor)
             steps = [step * (1 + floor) for step in steps]
             steps[-1] *= units[-1] ** 2
-        return cls([1 / math.sqrt(square) for square in inputs], units, steps)
+        return cls(stds, units, steps)
 
 
 def _convolved(

@@ -83,7 +83,7 @@ class TitansConfig(PreTrainedConfig):
             what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end); two values of alpha go from the first head's to the last's, in equal ratios.
-            1e-3 keeps what was read for a thousand tokens.
+            0.01 keeps what was read for a hundred tokens; where that is too short, the gates learn it.
     """
 
     model_type = "titans"
@@ -116,7 +116,7 @@ class TitansConfig(PreTrainedConfig):
     memory_normalize_values: bool = True
     memory_write_threshold: float = 0.0
     max_memory_learning_rate: float = 2.0
-    initial_alpha: float | list[float] = 1e-3
+    initial_alpha: float | list[float] = 0.01
     initial_eta: float = 0.5
     initial_theta: float = 0.6
     memory_read_only: bool = False
