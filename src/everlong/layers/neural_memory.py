@@ -102,11 +102,11 @@ class NeuralMemory(Layer):
         unit_scale: bool = True,
         norm_floor: float = 0.7,
         normalize_values: bool = True,
-        max_learning_rate: float = 2.0,
+        max_learning_rate: float = 1.5,
         write_threshold: float = 0.0,
         initial_alpha: float | Sequence[float] = 0.01,
         initial_eta: float = 0.5,
-        initial_theta: float = 0.6,
+        initial_theta: float = 0.8,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -439,7 +439,8 @@ class _Scales(NamedTuple):
         below = min(BELOW, 0.5 / max(lower, 1))
         shares = [below] * lower + [1 - below * lower]
         crowd = 1 + ALIKE * (chunk_size - 1)
-        back, steps = 1.0, []
+        back = 1.0
+        steps: list[float] = []
         for share, square, std, size in reversed(list(zip(shares, squares, stds, sizes, strict=False))):
             steps.insert(0, share / (2 * square * back * crowd))
             back *= SLOPE_SQUARE * size * std**2
