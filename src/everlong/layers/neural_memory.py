@@ -111,12 +111,7 @@ class NeuralMemory(Layer):
     ) -> None:
         super().__init__()
         if head_dim is None:
-            if num_heads < 1 or hidden_size % num_heads:
-                raise ValueError(
-                    f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}): "
-                    "change one of them or give head_dim"
-                )
-            head_dim = hidden_size // num_heads
+            head_dim = _divided(hidden_size, num_heads)
         _check_at_least(
             (1, "num_heads", num_heads),
             (1, "head_dim", head_dim),
@@ -152,24 +147,29 @@ class NeuralMemory(Layer):
         starts = [alpha for alpha in alphas for _ in range(self.forgetting_layers)]
         self.alpha_proj = Gate(hidden_size, len(starts), starts) if decay else None
         self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
-        sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
-        floor = norm_floor if residual_norm else None
-        scales = (
-            _Scales.unit(sizes, chunk_size, floor) if unit_scale else _Scales.plain(sizes, chunk_size)
-        )
-        self.units, self.max_thetas = scales.units, [max_learning_rate * step for step in scales.steps]
-        self.memory_init = nn.ModuleList(
-            Weight(num_heads, *shape, start=partial(nn.init.normal_, std=std))
-            for shape, std in zip(pairwise(sizes), scales.stds, strict=True)
-        )
-        self.memory_scale = None
-        if residual_norm:
-            self.memory_scale = Weight(num_heads, head_dim, start=nn.init.ones_)
+        self.unit_scale = unit_scale
+        self._add_memory(expansion * head_dim, norm_floor if residual_norm else None)
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
-        self.unit_scale = unit_scale
         self.tie_queries()
+
+    def _add_memory(self, hidden: int, floor: float | None) -> None:
+        """The memory network's start, and theta's upper ends; floor: of LN's variance, or no LN."""
+        sizes = [self.head_dim, *[hidden] * (self.depth - 1), self.head_dim]
+        if self.unit_scale:
+            scales = _Scales.unit(sizes, self.chunk_size, floor)
+        else:
+            scales = _Scales.plain(sizes, self.chunk_size)
+        self.units = scales.units
+        self.max_thetas = [self.max_learning_rate * step for step in scales.steps]
+        self.memory_init = nn.ModuleList(
+            Weight(self.num_heads, *shape, start=partial(nn.init.normal_, std=std))
+            for shape, std in zip(pairwise(sizes), scales.stds, strict=True)
+        )
+        self.memory_scale = None
+        if floor is not None:
+            self.memory_scale = Weight(self.num_heads, self.head_dim, start=nn.init.ones_)
 
     @torch.no_grad()
     def tie_queries(self) -> None:
@@ -441,7 +441,9 @@ class _Scales(NamedTuple):
         crowd = 1 + ALIKE * (chunk_size - 1)
         back = 1.0
         steps: list[float] = []
-        for share, square, std, size in reversed(list(zip(shares, squares, stds, sizes, strict=False))):
+        for share, square, std, size in reversed(
+            [*zip(shares, squares, stds, sizes[:-1], strict=True)]
+        ):
             steps.insert(0, share / (2 * square * back * crowd))
             back *= SLOPE_SQUARE * size * std**2
         if floor is not None:
@@ -480,6 +482,16 @@ def _conv_silu(
     if length is not None:
         y = unit_length(y.unflatten(-1, (-1, size)), length).flatten(-2)
     return y, None
+
+
+def _divided(hidden_size: int, num_heads: int) -> int:
+    """A head's size where none is given."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size ({hidden_size}) is not a multiple of num_heads ({num_heads}): "
+            "change one of them or give head_dim"
+        )
+    return hidden_size // num_heads
 
 
 def _check_at_least(*sizes: tuple[int, str, int]) -> None:
