@@ -79,9 +79,8 @@ def test_weights_that_the_last_update_has_spoilt_are_not_written(
 def test_a_memory_that_explodes_stops_the_run_with_its_layer(tiny_recipe, tmp_path, monkeypatch):
     def spoil(model, inputs):
         with torch.no_grad():
-            model.model.layers[0].mixer.memory.memory_init[0].weight[0, 0, 0] = (
-                1e5  # some of it is forgotten
-            )
+            # Above the guard's 1e4 by so much as is forgotten until the text's end.
+            model.model.layers[0].mixer.memory.memory_init[0].weight[0, 0, 0] = 1e5
         return inputs
 
     fail_at(monkeypatch, spoil, 4)
