@@ -65,7 +65,7 @@ class Health:
                     f"{where}: writing raises the inner loss from {each.loss_before:.3g} to "
                     f"{each.loss_after:.3g}"
                 )
-            if each.value_over_output > 5:
+            if each.value_over_output > 3:
                 found.append(
                     f"{where}: values are {each.value_over_output:.2g} times as long as what the "
                     "memory puts out: it is empty, or cannot reach them"
