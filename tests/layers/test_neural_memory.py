@@ -23,10 +23,16 @@ def test_sizes_of_the_memory():
     assert [tuple(w.weight.shape) for w in NeuralMemory(12, 3, depth=1).memory_init] == [(3, 4, 4)]
 
 
-def test_a_fresh_layer_has_the_gates_it_was_told():
-    layer = NeuralMemory(8, 2, initial_alpha=0.01, initial_eta=0.75, initial_theta=0.2, chunk_size=16)
+@pytest.mark.parametrize(
+    ("options", "alpha"),
+    [({}, [0.005, 0.005]), ({"forget": "last"}, [0, 0.01]), ({"unit_scale": False}, [0.01, 0.01])],
+)
+def test_a_fresh_layer_has_the_gates_it_was_told(options, alpha):
+    options |= {"initial_alpha": 0.01, "initial_eta": 0.75, "initial_theta": 0.2}
+    layer = NeuralMemory(8, 2, chunk_size=16, **options)
     (theta, log_retain, log_eta), strength = layer._gates(torch.zeros(1, 1, 8), torch.float32)
-    assert_close("alpha", 1 - log_retain.exp(), torch.full_like(theta, 0.01), torch.float32)
+    forgotten = torch.tensor(alpha).expand_as(theta)
+    assert_close("alpha", 1 - log_retain.exp(), forgotten, torch.float32)
     assert_close("eta", log_eta.exp(), torch.full_like(theta, 0.75), torch.float32)
     want = torch.tensor(layer.max_thetas) * 0.25 * 0.2
     assert_close("theta", theta, want.expand_as(theta), torch.float32)

@@ -160,6 +160,10 @@ def persistent(block):
     return [] if block.persistent is None else list(block.persistent.weight)
 
 
+def gate(block, x):
+    return silu(x) if block.gate.__name__ == "swiglu" else torch.sigmoid(x)
+
+
 def lmm(block, rows):
     memory = Memory(block.memory)
     for p in persistent(block):
@@ -177,7 +181,7 @@ def mag(block, rows):
     for t, x in enumerate(rows):
         attention.show(x, t)
         y = rms_norm(block.attention_norm, attention(x, t, block.attention.window))
-        outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(x))))
+        outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(x))))
     return outputs, memory.trace
 
 
@@ -212,7 +216,7 @@ def mac(block, rows):
             attention.show(memory.answer(x, before, read_conv), t)
             attention.show(x, t)
             y = rms_norm(block.attention_norm, block.residual * x + attention(x, t))
-            outputs.append(y * torch.sigmoid(rms_norm(block.memory_norm, memory.read_write(y))))
+            outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(y))))
     return outputs, memory.trace
 
 

@@ -79,8 +79,9 @@ class NeuralMemory(Layer):
         write_threshold: in [0, 1): gates of theta below it are 0, that is, nothing is written; their
             gradients are those of the gate.
         initial_alpha, initial_eta, initial_theta: values of the gates in a fresh layer, in (0, 1);
-            theta's is the share of its upper end. Two values of alpha: from the first head's to the
-            last's, in equal ratios.
+            theta's is the share of its upper end, alpha's with unit_scale what the network forgets of
+            its output, shared out among the layers that forget. Two values of alpha: from the first
+            head's to the last's, in equal ratios.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -144,7 +145,8 @@ class NeuralMemory(Layer):
         gates = num_heads * depth
         self.theta_proj = Gate(hidden_size, gates, initial_theta)
         self.forgetting_layers = 1 if forget == "last" else depth
-        starts = [alpha for alpha in alphas for _ in range(self.forgetting_layers)]
+        shared = self.forgetting_layers if unit_scale else 1
+        starts = [alpha / shared for alpha in alphas for _ in range(self.forgetting_layers)]
         self.alpha_proj = Gate(hidden_size, len(starts), starts) if decay else None
         self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
         self.unit_scale = unit_scale

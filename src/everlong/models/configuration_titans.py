@@ -27,6 +27,7 @@ STATE_FIELDS = (
 )
 # What came after the first models were saved, with what they are: a file that lacks it means this.
 OLDER = {
+    "gate_act": "sigmoid",
     "mac_residual": False,
     "memory_forget": "all",
     "memory_unit_scale": False,
@@ -66,6 +67,8 @@ class TitansConfig(PreTrainedConfig):
         memory_residual_norm: M(x) = x + LN(MLP(x)); False is the plain MLP, which may diverge.
         mac_residual: what `"mac"` absorbs is norm(x + Attn(...)), so that a token is there from the
             first step; False leaves out x, as v1 eq. 24 has it to the letter.
+        gate_act: what the memory's normed output goes through before it multiplies the attention's, in
+            `"mac"` and `"mag"`: "silu" or "sigmoid".
         memory_unit_scale, memory_norm_floor, memory_normalize_values: how a fresh memory and its steps
             are scaled (see `NeuralMemory`). False, any and False are the start of models saved before
             these fields were there, with max_memory_learning_rate 2, initial_alpha 1e-4 and
@@ -82,7 +85,8 @@ class TitansConfig(PreTrainedConfig):
             share of its upper end. A memory that pays for what it writes leaves alone
             what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
-            its upper end); two values of alpha go from the first head's to the last's, in equal ratios.
+            its upper end; alpha's, with memory_unit_scale, is shared out among the layers that forget);
+            two values of alpha go from the first head's to the last's, in equal ratios.
             0.01 keeps what was read for a hundred tokens; where that is too short, the gates learn it.
     """
 
@@ -111,6 +115,7 @@ class TitansConfig(PreTrainedConfig):
     memory_forget: str = "all"
     memory_residual_norm: bool = True
     mac_residual: bool = True
+    gate_act: str = "silu"
     memory_unit_scale: bool = True
     memory_norm_floor: float = 0.7
     memory_normalize_values: bool = True
@@ -209,6 +214,8 @@ class TitansConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.memory_forget not in ("all", "last"):
             raise ValueError(f'memory_forget must be "all" or "last", got {self.memory_forget!r}')
+        if self.gate_act not in ("silu", "sigmoid"):
+            raise ValueError(f'gate_act must be "silu" or "sigmoid", got {self.gate_act!r}')
         for name in ("memory_norm_floor", "max_memory_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

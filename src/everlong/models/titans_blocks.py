@@ -3,7 +3,7 @@
 A block reads x [B, T, D] from where its state stopped: any number of tokens, in rows of their own
 lengths. P persistent rows, learned, stand at the start of every document: the memory absorbs them
 as a piece of its own before the first token, and attention always sees them. With both sides of a
-gate normed, y * sigmoid(m) is written y (x) m.
+gate normed, y * silu(m) is written y (x) m (or y * sigmoid(m): `gate_act`).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from everlong.layers import (
 )
 from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import BlockOutput, begin, join_pieces
-from everlong.ops import NeuralMemoryState, sigmoid_gate
+from everlong.ops import NeuralMemoryState, sigmoid_gate, swiglu
 from everlong.ops.documents import Cuts
 from everlong.ops.state import (
     ANOTHER,
@@ -78,6 +78,8 @@ class MACState(State):
             shape = (*tail.shape[:2], tail.shape[2] // 3)
             check_tensor("read_tail", self.read_tail, shape, tail.device)
 
+
+GATES = {"silu": swiglu, "sigmoid": sigmoid_gate}
 
 register_dataclass(MemoryAndAttentionState)
 register_dataclass(MACState)
@@ -225,6 +227,7 @@ class MAG(MemoryBlock):
         super().__init__(config)
         self.attention = _sliding(config)
         self.attention_norm, self.memory_norm = _norm(config), _norm(config)
+        self.gate = GATES[config.gate_act]
 
     def initial_state(self, like: Tensor) -> State:
         """The memory after the persistent rows, and these in every token's sight."""
@@ -241,7 +244,7 @@ class MAG(MemoryBlock):
             self.memory_norm.unkept(out.y) as gate,
             self.attention_norm.unkept(seen) as seen,
         ):
-            y = sigmoid_gate(gate, seen)
+            y = self.gate(gate, seen)
         state = MemoryAndAttentionState(out.state, attention).known_right()
         return BlockOutput(y, state, out.strength, out.trace)
 
@@ -286,7 +289,7 @@ class MAC(MemoryBlock):
             *_attention_sizes(config), config.segment_length, config.rope_theta
         )
         self.attention_norm, self.memory_norm = _norm(config), _norm(config)
-        self.residual = config.mac_residual
+        self.residual, self.gate = config.mac_residual, GATES[config.gate_act]
 
     def initial_state(self, like: Tensor) -> State:
         """The memory after the attention's outputs of the persistent rows over themselves."""
@@ -333,7 +336,7 @@ class MAC(MemoryBlock):
         with self.attention_norm.unkept(x + seen if self.residual else seen) as y:
             out = self.memory.read_write(y, state.memory, lengths, trace)
             with self.memory_norm.unkept(out.y) as gate:
-                y = sigmoid_gate(gate, y)
+                y = self.gate(gate, y)
         # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
         ended, weights = attention.position == 0, state.weights
         if isinstance(ended, Tensor):
