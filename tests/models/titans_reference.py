@@ -215,8 +215,10 @@ def mac(block, rows):
         for t, x in enumerate(rows[start : start + block.attention.segment]):
             attention.show(memory.answer(x, before, read_conv), t)
             attention.show(x, t)
-            y = rms_norm(block.attention_norm, block.residual * x + attention(x, t))
-            outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(y))))
+            seen = attention(x, t)
+            y = rms_norm(block.attention_norm, seen)
+            told = rms_norm(block.attention_norm, block.residual * x + seen)
+            outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(told))))
     return outputs, memory.trace
 
 

@@ -103,7 +103,7 @@ class NeuralMemory(Layer):
         unit_scale: bool = True,
         norm_floor: float = 0.7,
         normalize_values: bool = True,
-        max_learning_rate: float = 1.5,
+        max_learning_rate: float = 1.2,
         write_threshold: float = 0.0,
         initial_alpha: float | Sequence[float] = 0.01,
         initial_eta: float = 0.5,

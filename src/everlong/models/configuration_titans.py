@@ -120,7 +120,7 @@ class TitansConfig(PreTrainedConfig):
     memory_norm_floor: float = 0.7
     memory_normalize_values: bool = True
     memory_write_threshold: float = 0.0
-    max_memory_learning_rate: float = 1.5
+    max_memory_learning_rate: float = 1.2
     initial_alpha: float | list[float] = 0.01
     initial_eta: float = 0.5
     initial_theta: float = 0.8

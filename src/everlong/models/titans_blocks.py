@@ -7,6 +7,7 @@ gate normed, y * silu(m) is written y (x) m (or y * sigmoid(m): `gate_act`).
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -277,8 +278,8 @@ class MAC(MemoryBlock):
     """`"mac"`, memory as context (v1 eqs. 21-25). Segment by segment, with M as the last one left it:
 
     h = M(x)                    read, nothing written
-    y = norm(x + Attn([P, h, x]))   token i sees P, and h_j, x_j of its segment for j <= i
-    o = y (x) M(y)              M absorbs y, token by token
+    y = Attn([P, h, x])         token i sees P, and h_j, x_j of its segment for j <= i
+    o = norm(y) (x) M(z)        M absorbs z = norm(x + y), token by token (`mac_residual`; or norm(y))
     """
 
     state_type: type[State] = MACState
@@ -333,10 +334,12 @@ class MAC(MemoryBlock):
         x, q, gate, *seen_by = rows
         h = self.memory.read(q, gate, state.weights)
         seen, attention = self.attention.attend(seen_by, h, state.attention, lengths)
-        with self.attention_norm.unkept(x + seen if self.residual else seen) as y:
-            out = self.memory.read_write(y, state.memory, lengths, trace)
-            with self.memory_norm.unkept(out.y) as gate:
-                y = self.gate(gate, y)
+        with ExitStack() as stack:
+            y = told = stack.enter_context(self.attention_norm.unkept(seen))
+            if self.residual:
+                told = stack.enter_context(self.attention_norm.unkept(x + seen))
+            out = self.memory.read_write(told, state.memory, lengths, trace)
+            y = self.gate(stack.enter_context(self.memory_norm.unkept(out.y)), y)
         # At a segment's end the chunk is closed too, as C divides G: these are M as it stands.
         ended, weights = attention.position == 0, state.weights
         if isinstance(ended, Tensor):
