@@ -1,10 +1,10 @@
 """The demo: a memory and a Transformer of the same size look for a pass key in real text, far
 beyond the length they were trained at.
 
-`everlong demo` starts anew each time. `everlong demo --full` trains the memory longer, with three
-seeds. It goes on from what is there, the demo's own Transformer among it, and from where it was
-stopped: a trained model and a scored sample stay as they are. A run of another recipe in one of its
-folders is refused, unless it is to be overwritten.
+`everlong demo` starts anew each time. `everlong demo --full` has three seeds, every block with a
+memory and every rival, to 128K tokens. It goes on from what is there, the demo's own models among it,
+and from where it was stopped: a trained model and a scored sample stay as they are. A run of another
+recipe in one of its folders is refused, unless it is to be overwritten.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ class Entry:
 
 
 TO_16K = (512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
-TO_128K = (*TO_16K, 32 * K, 64 * K, 128 * K)
+FAR = (512, 2 * K, 16 * K, 128 * K)
+NEAR = (96, 128, 256, 512, 2 * K, 16 * K)
 SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
-# Windowed attention is at chance long before 16K. Full attention stops there: its time a sample
-# grows with the square of the length, and it fails at a few times its training length.
+# Attention is at chance long before 16K, and with full attention the time of a sample grows with the
+# square of the length.
 FULL = (
-    Entry("needle-lmm-long", TO_128K, seeds=(0, 1, 2)),
-    Entry("needle-attention", TO_16K, seeds=(0, 1, 2)),
-    Entry("needle-full-attention", TO_16K),
+    Entry("needle-lmm", FAR, seeds=(0, 1, 2)),
+    *(Entry(f"needle-{block}", FAR) for block in ("mac", "mag", "mal")),
+    *(Entry(f"needle-{rival}", FAR) for rival in ("mamba2", "gated-deltanet")),
+    Entry("needle-attention", NEAR),
+    Entry("needle-full-attention", NEAR),
 )
 
 
