@@ -1,5 +1,6 @@
 """Whether the memories of a model are healthy: scales, stability and gradients, measured on a text."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from everlong.ops.inner_mlp import NORM_EPS
 
 ITERATIONS = 20
 PIECES = 16  # of a text, for gradients by distance
+LARGE = 10.0  # products, and their spread over the floor, are healthy below it
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class MemoryHealth:
     loss_before: float
     loss_after: float
 
+    @property
+    def figures(self) -> list[float]:
+        """All of them."""
+        return [
+            *self.products,
+            self.spread_over_floor,
+            self.value_over_output,
+            self.step_times_curvature,
+            self.loss_before,
+            self.loss_after,
+        ]
+
 
 @dataclass(frozen=True)
 class Health:
@@ -55,6 +69,19 @@ class Health:
         found = []
         for each in self.memories:
             where = f"{each.name}, chunk {each.chunk}"
+            if not all(map(math.isfinite, each.figures)):
+                found.append(f"{where}: not all of it is finite")
+                continue
+            if max(each.products, default=0) > LARGE:
+                found.append(
+                    f"{where}: products of {max(each.products):.2g}, above {LARGE:g}: GELU is off for "
+                    "half of them"
+                )
+            if each.spread_over_floor > LARGE:
+                found.append(
+                    f"{where}: the spread is {each.spread_over_floor:.2g} times the floor, above "
+                    f"{LARGE:g}: forgetting makes steps longer"
+                )
             if each.step_times_curvature > STABLE:
                 found.append(
                     f"{where}: step times curvature is {each.step_times_curvature:.2g}, above "
@@ -70,8 +97,8 @@ class Health:
                     f"{where}: values are {each.value_over_output:.2g} times as long as what the "
                     "memory puts out: it is empty, or cannot reach them"
                 )
-        norms = [norm for _, norm in self.gradients if norm > 0]
-        if norms and norms[-1] > 10 * norms[0]:
+        norms = [norm for _, norm in self.gradients if norm > 0 or math.isnan(norm)]
+        if norms and not norms[-1] <= 10 * norms[0]:
             found.append(f"gradients grow on the way back: {norms[0]:.2g} to {norms[-1]:.2g}")
         return found
 
@@ -91,7 +118,7 @@ class Health:
 
 
 def memory_health(model: nn.Module, input_ids: Tensor) -> Health:
-    """Measure a model's neural memories on a text, input_ids [B, T].
+    """Measure a model's neural memories on a text, input_ids [B, T], as it evaluates, gradients uncut.
 
     Raises ValueError where the model has no neural memory, or the text is shorter than two chunks.
     """
@@ -104,8 +131,10 @@ def memory_health(model: nn.Module, input_ids: Tensor) -> Health:
             f"input_ids must be [B, T] of at least two chunks, T = {2 * longest}, got "
             f"{list(input_ids.shape)}"
         )
-    with _calls(memories.values()) as calls, torch.no_grad():
-        model(input_ids)
+    with _evaluating(model):
+        with _calls(model, memories.values()) as calls, torch.no_grad():
+            model(input_ids)
+        gradients = _gradients(model, input_ids)
     found = []
     for name, memory in memories.items():
         whole = [call for call in calls[memory] if call[0].shape[1] >= memory.chunk_size]
@@ -114,30 +143,65 @@ def memory_health(model: nn.Module, input_ids: Tensor) -> Health:
         count = sum(call[0].shape[1] // memory.chunk_size for call in whole)
         found.append(_measure(name, memory, x, state, 0, 0))
         found.append(_measure(name, memory, last_x, last_state, chunks, count - 1))
-    return Health(found, _gradients(model, input_ids))
+    return Health(found, gradients)
 
 
 @contextmanager
-def _calls(memories: Any) -> Iterator[dict[NeuralMemory, list[tuple[Tensor, Any]]]]:
-    """What each memory is called with, in the block."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, without a cut of gradients; afterwards as it was."""
+    training, config = model.training, getattr(model, "config", None)
+    cut = getattr(config, "backprop_segments", None)
+    try:
+        model.eval()
+        if cut:
+            config.backprop_segments = None  # type: ignore[union-attr]
+        yield
+    finally:
+        model.train(training)
+        if cut:
+            config.backprop_segments = cut  # type: ignore[union-attr]
+
+
+@contextmanager
+def _calls(model: nn.Module, memories: Any) -> Iterator[dict[NeuralMemory, list[tuple[Tensor, Any]]]]:
+    """What each memory is called with, in the block; but not what it absorbs before the text."""
     calls: dict[NeuralMemory, list[tuple[Tensor, Any]]] = {memory: [] for memory in memories}
+    owners = [m for m in model.modules() if getattr(m, "memory", None) in calls]
+    starting = [0]
 
     def noting(memory: NeuralMemory) -> Any:
         read_write = memory.read_write
 
         def noted(x: Tensor, state: Any = None, *args: Any, **kwargs: Any) -> Any:
-            calls[memory].append((x, state))
+            if not starting[0]:
+                calls[memory].append((x, state))
             return read_write(x, state, *args, **kwargs)
 
         return noted
 
+    def aside(owner: Any) -> Any:
+        initial_state = owner.initial_state
+
+        def begun(*args: Any) -> Any:
+            starting[0] += 1
+            try:
+                return initial_state(*args)
+            finally:
+                starting[0] -= 1
+
+        return begun
+
     try:
         for memory in calls:
             memory.read_write = noting(memory)  # type: ignore[method-assign]
+        for owner in owners:
+            owner.initial_state = aside(owner)
         yield calls
     finally:
         for memory in calls:
             vars(memory).pop("read_write", None)
+        for owner in owners:
+            vars(owner).pop("initial_state", None)
 
 
 def _measure(
@@ -220,7 +284,9 @@ def _length(vector: Sequence[Tensor]) -> Tensor:
 def _gradients(model: nn.Module, input_ids: Tensor) -> list[tuple[int, float]]:
     """(tokens back, norm of the last piece's loss by all memories' weights there), nearest first."""
     size = -(-input_ids.shape[1] // PIECES)
-    pieces = input_ids.split(size, 1)
+    pieces = list(input_ids.split(size, 1))
+    if pieces[-1].shape[1] == 1:  # in which nothing is predicted
+        pieces[-2:] = [torch.cat(pieces[-2:], 1)]
     cache: Any = None
     held: list[list[Tensor]] = []
     with torch.enable_grad():

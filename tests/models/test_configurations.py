@@ -18,6 +18,7 @@ from everlong.models import (
     TitansConfig,
 )
 from everlong.models.configuration_titans import OLDER
+from numerics import assert_close
 from subjects import titans
 
 EVERY = pytest.mark.parametrize("kind", [TitansConfig, LM2Config, RMTConfig, GatedDeltaNetConfig])
@@ -167,8 +168,17 @@ def test_a_file_from_before_the_scales_means_what_it_meant(tmp_path):
     loaded = TitansConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in OLDER} == OLDER
     assert not set(OLDER) & set(loaded.state_fields())
+    by_hand = TitansConfig.from_json_file(file)
+    assert {name: getattr(by_hand, name) for name in OLDER} == OLDER
     assert TitansConfig().memory_unit_scale
     assert TitansConfig.from_dict({"memory_depth": 3}).memory_unit_scale  # nobody saved it
+
+
+def test_alpha_is_spread_over_the_heads():
+    alpha = NeuralMemory(8, 4, depth=1, initial_alpha=[1e-3, 0.064]).alpha_proj.bias.sigmoid()
+    assert_close("alpha", alpha, torch.tensor([1e-3, 4e-3, 0.016, 0.064]), torch.float32)
+    with pytest.raises(ValueError, match="initial_alpha must lie between 0 and 1, got 5"):
+        NeuralMemory(8, 1, initial_alpha=(0.1, 5.0))
 
 
 def test_a_memory_of_another_threshold_is_refused():
@@ -176,5 +186,5 @@ def test_a_memory_of_another_threshold_is_refused():
     cache = titans("lmm", memory_write_threshold=0.1)().memorize(ids)
     with pytest.raises(ValueError, match="memory_write_threshold"):
         titans("lmm", memory_write_threshold=0.2)()(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="more in it"):
+    with pytest.raises(ValueError, match=r"memory_write_threshold 0\.1 instead of the default"):
         titans("lmm")()(ids, past_key_values=cache)

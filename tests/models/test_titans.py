@@ -29,7 +29,7 @@ def test_from_config_initialises_as_the_layer_does():
     """post_init must not undo the layer's own start."""
     model = titans("lmm", initial_alpha=0.25, initial_theta=0.125)()
     memory = model.model.layers[0].mixer.memory
-    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.25), torch.float32)
+    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.125), torch.float32)
     assert_close("theta", memory.theta_proj.bias.sigmoid(), torch.full((4,), 0.125), torch.float32)
     assert memory.memory_init[0].weight.std() > 0.1
     assert memory.q_proj.weight.std() < 0.1
@@ -42,7 +42,7 @@ def test_a_checkpoint_with_missing_parameters_gets_a_proper_start(tmp_path):
     model.save_pretrained(tmp_path, state_dict=kept)
     loaded = TitansForCausalLM.from_pretrained(tmp_path)
     memory = loaded.model.layers[0].mixer.memory
-    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.01), torch.float32)
+    assert_close("alpha", memory.alpha_proj.bias.sigmoid(), torch.full((4,), 0.005), torch.float32)
     assert memory.memory_scale.weight.eq(1).all()
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in loaded.parameters())
     assert 0.5 < loaded.model.layers[0].mixer.persistent.weight.std() < 2
@@ -186,6 +186,13 @@ def test_what_is_not_supported_is_refused(model):
         ("pad_token_id", {"pad_token_id": 32000}),
         ("not a multiple of chunk_size", {"layer_types": ["mac", "lmm"], "segment_length": 100}),
         ("hidden_size", {"hidden_size": "wide"}),
+        ("gate_act must be", {"gate_act": "tanh"}),
+        ("initial_alpha must lie between 0 and 1, got 5", {"initial_alpha": 5.0}),
+        ("initial_alpha must lie between 0 and 1, got 5", {"initial_alpha": [0.1, 5.0]}),
+        ("initial_alpha must be a number or two", {"initial_alpha": []}),
+        ("initial_alpha must be a number or two", {"initial_alpha": [0.1, 0.2, 0.3]}),
+        ("initial_eta must lie between 0 and 1", {"initial_eta": 0.0}),
+        ("initial_theta must lie between 0 and 1", {"initial_theta": 1.5}),
     ],
 )
 def test_configurations_that_do_not_fit(message, fields):

@@ -21,6 +21,7 @@ SWITCHES = {
     "the last layer alone forgets": {"memory_forget": "last"},
     "a threshold": {"memory_write_threshold": 0.3, "initial_theta": 0.3},
     "saved before scales": OLDER,
+    "to the letter": {"mac_residual": False},
 }
 
 
@@ -47,7 +48,7 @@ def make_block(name, **options):
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return block
+    return block, config
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -55,11 +56,11 @@ def make_block(name, **options):
 def test_block_equals_reference(name, switch):
     """Outputs, the gradients of the input and every parameter, and the memory's trace, over three
     segments."""
-    block = make_block(name, **SWITCHES[switch])
+    block, config = make_block(name, **SWITCHES[switch])
     x = torch.randn(1, 19, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(19, 8, dtype=torch.float64)
     leaves = {"x": x, **dict(block.named_parameters())}
-    outputs, wanted_trace = REFERENCES[name](block, list(x[0]))
+    outputs, wanted_trace = REFERENCES[name](block, list(x[0]), config)
     want = torch.stack(outputs)
     wanted = torch.autograd.grad((want * weights).sum(), leaves.values())
     got, _, _, trace = block(x, trace=True)

@@ -12,6 +12,9 @@ def silu(x):
     return x * torch.sigmoid(x)
 
 
+GATES = {"silu": silu, "sigmoid": torch.sigmoid}
+
+
 def rms_norm(norm, x):
     return norm.weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm.eps)
 
@@ -160,11 +163,7 @@ def persistent(block):
     return [] if block.persistent is None else list(block.persistent.weight)
 
 
-def gate(block, x):
-    return silu(x) if block.gate.__name__ == "swiglu" else torch.sigmoid(x)
-
-
-def lmm(block, rows):
+def lmm(block, rows, config):
     memory = Memory(block.memory)
     for p in persistent(block):
         memory.read_write(p)
@@ -172,7 +171,7 @@ def lmm(block, rows):
     return [memory.read_write(x) for x in rows], memory.trace
 
 
-def mag(block, rows):
+def mag(block, rows, config):
     memory, attention, outputs = Memory(block.memory), Attention(block.attention), []
     for p in persistent(block):
         memory.read_write(p)
@@ -181,11 +180,11 @@ def mag(block, rows):
     for t, x in enumerate(rows):
         attention.show(x, t)
         y = rms_norm(block.attention_norm, attention(x, t, block.attention.window))
-        outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(x))))
+        outputs.append(y * GATES[config.gate_act](rms_norm(block.memory_norm, memory.read_write(x))))
     return outputs, memory.trace
 
 
-def mal(block, rows):
+def mal(block, rows, config):
     memory, attention, outputs = Memory(block.memory), Attention(block.attention), []
     for p in persistent(block):
         attention.show(rms_norm(block.memory_norm, memory.read_write(p)))
@@ -197,7 +196,7 @@ def mal(block, rows):
     return outputs, memory.trace
 
 
-def mac(block, rows):
+def mac(block, rows, config):
     memory, outputs = Memory(block.memory), []
     read_conv = Conv(None if block.memory.conv is None else block.memory.conv.weight.chunk(3)[0])
     among = Attention(block.attention)
@@ -206,7 +205,7 @@ def mac(block, rows):
         if read_conv.taps is not None:
             read_conv(block.memory.q_proj.weight @ p)
     for p in persistent(block):
-        memory.read_write(rms_norm(block.attention_norm, block.residual * p + among(p)))
+        memory.read_write(rms_norm(block.attention_norm, config.mac_residual * p + among(p)))
     memory.close()
     for start in range(0, len(rows), block.attention.segment):
         before, attention = memory.now, Attention(block.attention)
@@ -217,8 +216,10 @@ def mac(block, rows):
             attention.show(x, t)
             seen = attention(x, t)
             y = rms_norm(block.attention_norm, seen)
-            told = rms_norm(block.attention_norm, block.residual * x + seen)
-            outputs.append(y * gate(block, rms_norm(block.memory_norm, memory.read_write(told))))
+            told = rms_norm(block.attention_norm, config.mac_residual * x + seen)
+            outputs.append(
+                y * GATES[config.gate_act](rms_norm(block.memory_norm, memory.read_write(told)))
+            )
     return outputs, memory.trace
 
 

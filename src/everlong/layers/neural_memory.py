@@ -86,6 +86,8 @@ class NeuralMemory(Layer):
     Raises ValueError for sizes that do not fit.
     """
 
+    is_started = False  # by the rules of a model of `transformers`
+
     def __init__(
         self,
         hidden_size: int,
@@ -114,6 +116,7 @@ class NeuralMemory(Layer):
         if head_dim is None:
             head_dim = _divided(hidden_size, num_heads)
         _check_at_least(
+            (1, "hidden_size", hidden_size),
             (1, "num_heads", num_heads),
             (1, "head_dim", head_dim),
             (1, "depth", depth),
@@ -122,8 +125,7 @@ class NeuralMemory(Layer):
             (0, "conv_kernel", conv_kernel),
         )
         _check_options(forget, max_learning_rate, norm_floor, write_threshold, norm_eps)
-        alphas = _spread(initial_alpha, num_heads)
-        _check_gates(initial_alpha=alphas, initial_eta=[initial_eta], initial_theta=[initial_theta])
+        alphas = initial_gates(num_heads, initial_alpha, initial_eta, initial_theta)
         if unit_scale:
             _warn_if_unstable(initial_theta * max_learning_rate)
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
@@ -173,11 +175,16 @@ class NeuralMemory(Layer):
         if floor is not None:
             self.memory_scale = Weight(self.num_heads, self.head_dim, start=nn.init.ones_)
 
+    def reset_parameters(self) -> None:
+        """All parameters back to a start, queries tied."""
+        super().reset_parameters()
+        self.tie_queries()
+
     @torch.no_grad()
     def tie_queries(self) -> None:
         """A token's query starts as the key of the token behind it, as far as that is known: the same
-        projection, and taps that lie one token later. So what followed something is found from the
-        first step on. Nothing is changed without unit_scale.
+        projection, and taps that lie one token later (without a convolution: its own key). So what
+        followed something is found from the first step on. Nothing is changed without unit_scale.
         """
         if not self.unit_scale:
             return
@@ -190,6 +197,18 @@ class NeuralMemory(Layer):
         if self.conv is not None and not is_loaded(self.conv.weight):
             q, k, _ = self.conv.weight.chunk(3)
             q[:, 1:].copy_(k[:, :-1])
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What any model of `transformers` asks once its rules have gone over the layer's parts."""
+        if not self.is_started:
+            self.tie_queries()
+        self.is_started = True
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.is_started = value
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""
@@ -498,6 +517,8 @@ def _divided(hidden_size: int, num_heads: int) -> int:
 
 def _check_at_least(*sizes: tuple[int, str, int]) -> None:
     for least, name, value in sizes:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
@@ -527,19 +548,20 @@ def _warn_if_unstable(start: float) -> None:
         )
 
 
-def _check_gates(**gates: Sequence[float]) -> None:
+def initial_gates(
+    num_heads: int, alpha: float | Sequence[float], eta: float, theta: float
+) -> list[float]:
+    """Alpha of each head: the same, or from the first of two to the second, in equal ratios.
+
+    Raises ValueError for a gate that no fresh layer can have.
+    """
+    alphas = [alpha] if isinstance(alpha, (int, float)) else alpha
+    if not isinstance(alphas, Sequence) or len(alphas) not in (1, 2):
+        raise ValueError(f"initial_alpha must be a number or two, from and to, got {alpha}")
+    gates = {"initial_alpha": alphas, "initial_eta": [eta], "initial_theta": [theta]}
     for name, values in gates.items():
         for gate in values:
-            if not 0 < gate < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {gate}")
-
-
-def _spread(ends: float | Sequence[float], count: int) -> list[float]:
-    """One number for each of `count` heads: the same, or from the first of two to the second, in equal
-    ratios."""
-    if not isinstance(ends, Sequence):
-        return [ends] * count
-    if len(ends) != 2 or min(ends) <= 0:
-        raise ValueError(f"initial_alpha must be a number or two, from and to, above 0, got {ends}")
-    first, last = map(math.log, ends)
-    return [math.exp(first + (last - first) * i / max(count - 1, 1)) for i in range(count)]
+            if not isinstance(gate, (int, float)) or not 0 < gate < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {gate!r}")
+    first, last = math.log(alphas[0]), math.log(alphas[-1])
+    return [math.exp(first + (last - first) * i / max(num_heads - 1, 1)) for i in range(num_heads)]

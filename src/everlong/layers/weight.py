@@ -49,7 +49,7 @@ class OwnStart(nn.Module):
         """What `transformers` asks before it applies a model's rules: they are never to be."""
         if self.lacks_start:
             self.reset_parameters()
-            self.is_started = True
+        self.is_started = True  # of a copy too, whose parameters have lost their marks
         return True
 
     @_is_hf_initialized.setter

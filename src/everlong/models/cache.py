@@ -100,12 +100,15 @@ class MemoryCache(Cache):
             self.made_by = made_by
         if self.made_by == made_by:
             return
+        default = "the default"  # of a field that is told only where it differs from that
+        pairs = {
+            name: (self.made_by.get(name, default), made_by.get(name, default))
+            for name in made_by | self.made_by
+        }
         wrong = [
-            f"{name} {self.made_by.get(name)} instead of {value}"
-            for name, value in made_by.items()
-            if self.made_by.get(name) != value
+            f"{name} {held} instead of {own}" for name, (held, own) in pairs.items() if held != own
         ]
-        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong) or 'more in it'}")
+        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong)}")
 
     def check_states(self) -> None:
         """Raise ValueError unless every state is right in itself, and all have read the same tokens."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from everlong.layers.neural_memory import initial_gates
 from everlong.models.configuration import checked
 from everlong.models.presets import preset_fields
 
@@ -168,6 +169,11 @@ class TitansConfig(PreTrainedConfig):
             config_dict = OLDER | config_dict
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As in `transformers`; the file of an older model means what it meant."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
     def state_fields(self) -> dict[str, Any]:
         """What decides whether a cache of one model fits another."""
         newer = [name for name, older in OLDER.items() if getattr(self, name) != older]
@@ -223,6 +229,7 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(
                 f"memory_write_threshold must lie in [0, 1), got {self.memory_write_threshold}"
             )
+        initial_gates(1, self.initial_alpha, self.initial_eta, self.initial_theta)
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:

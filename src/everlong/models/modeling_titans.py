@@ -7,7 +7,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from everlong.layers import Gate, NeuralMemory, RMSNorm
+from everlong.layers import Gate, RMSNorm
 from everlong.layers.weight import OwnStart
 from everlong.models.configuration_titans import TitansConfig
 from everlong.models.stateful import (
@@ -106,11 +106,6 @@ class TitansPreTrainedModel(StatefulPreTrained, PreTrainedModel):
             module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, OwnStart):
             module.reset_parameters()
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        super()._initialize_weights(module, is_custom_code)
-        if isinstance(module, NeuralMemory):  # whose parts have started before it
-            module.tie_queries()
 
 
 class TitansModel(StatefulDecoder, TitansPreTrainedModel):
