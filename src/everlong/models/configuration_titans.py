@@ -77,7 +77,8 @@ class TitansConfig(PreTrainedConfig):
         max_memory_learning_rate: upper end of theta (see `NeuralMemory`); where initial_theta of it is
             above 2, a fresh memory is beyond the stability of its own gradient descent.
         memory_write_threshold: in [0, 1): what is written more faintly than this share of the upper
-            end is not written at all, in training too, where the gates' gradients are as without it.
+            end is not written at all, in training too, where the loss reaches the gates as without it.
+            What is not written costs nothing; the price's gradient there is that at 0: it closes them.
         memory_read_only: the memory is never written: every token reads it as training left it.
         backprop_segments: gradients are cut at every so many segments of segment_length tokens, and
             at the start of a call that goes on from a cache; None: never.
