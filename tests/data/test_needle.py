@@ -170,22 +170,25 @@ def test_lengths_wait_before_they_grow():
         NeedleConfig(hold_steps=-1)
 
 
-def test_numbers_that_nobody_asks_for_stand_in_lessons_alone(tmp_path):
+def test_what_nobody_asks_for_stands_in_lessons_alone(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(10):
         (tmp_path / "text" / f"{i}.txt").write_bytes(WORDS)
-    config = NeedleConfig(source=str(tmp_path / "text"), length=600, numbers=0.1)
-    lessons, judged = config.datasets(20)
+    config = NeedleConfig(source=str(tmp_path / "text"), length=600, distractors=0.1)
+    lessons, judged = config.datasets(200)
+    numbers = 0
     for sample in lessons:
         text = text_of(sample)
-        assert len(text) == 600
-        others = re.findall(r" (\d{1,4})(?!\d)", text)
-        assert len(others) == 10
+        assert len(sample["input_ids"]) == 600
         assert len(answers_of(sample)) == 1
+        numbers += len(re.findall(r"(?<!is ) \$?\d[\d,.]*(?= )", text))
+    assert 800 < numbers < 1200  # half of ten a sample
+    everything = "".join(map(text_of, lessons))
+    assert {"$", "@", "~", "é", "—"} <= {*everything}
     assert not any(re.search(r"(?<!is )\b\d", text_of(sample)) for sample in judged)
-    assert config.plain().numbers == 0
-    with pytest.raises(ValueError, match=r"numbers must lie in \[0, 1\], got 2"):
-        NeedleConfig(numbers=2)
+    assert config.plain().distractors == 0
+    with pytest.raises(ValueError, match=r"distractors must lie in \[0, 1\], got 2"):
+        NeedleConfig(distractors=2)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ _NAMES = (
     "Salerno Seville Sofia Tripoli Tunis Turin Utrecht Venice Verona Vienna Warsaw York Zurich"
 )
 NAMES = tuple(_NAMES.split())
+SIGNS = tuple("ÄÖÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüýœ°§©£€¥«»‘’“”–—…•×½¼")
 WORD = 6  # bytes of an English word and the space before it, about
 
 
@@ -36,8 +37,9 @@ class NeedleConfig(HaystackConfig):
     num_questions: how many of the needles are asked for.
     spread_questions: all questions but the last stand in the text, each somewhere behind its
         needle, instead of at the end.
-    numbers: share of the text's words that a number of one to four digits stands before, in [0, 1]; in
-        lessons alone. A memory that has met no number but keys takes any for one.
+    distractors: share of the text's words that something strange stands before, in [0, 1]: half of them
+        numbers as people write them, half words of any signs; in lessons alone. A memory that has met
+        no number but keys takes any for one, and one that never met a sign may write it.
     needle, question: the sentences. {key} is the key, {of} is "" or " of NAME"; the answer follows
         the question.
     """
@@ -47,7 +49,7 @@ class NeedleConfig(HaystackConfig):
     num_needles: int = 1
     num_questions: int = 1
     spread_questions: bool = False
-    numbers: float = 0.0
+    distractors: float = 0.0
     needle: str = " (The pass key{of} is {key})"
     question: str = " What is the pass key{of}? (The pass key{of} is "
 
@@ -59,8 +61,8 @@ class NeedleConfig(HaystackConfig):
                 f"num_questions must lie in 1 ... num_needles = {self.num_needles}, "
                 f"got {self.num_questions}"
             )
-        if not 0 <= self.numbers <= 1:
-            raise ValueError(f"numbers must lie in [0, 1], got {self.numbers}")
+        if not 0 <= self.distractors <= 1:
+            raise ValueError(f"distractors must lie in [0, 1], got {self.distractors}")
         if self.key_digits < 1:
             raise ValueError(f"key_digits must be at least 1, got {self.key_digits}")
         if self.needle.count("{key}") != 1 or "{key}" in self.question:
@@ -105,7 +107,7 @@ class NeedleConfig(HaystackConfig):
     def plain(self) -> NeedleConfig:
         """The task to judge by: the same sentences with one needle and one question, in the text as it
         is."""
-        return replace(super().plain(), num_needles=1, num_questions=1, numbers=0.0)
+        return replace(super().plain(), num_needles=1, num_questions=1, distractors=0.0)
 
     def datasets(
         self, num_samples: int, seed: int = 0, batch: int = 1, streams: int | None = None
@@ -118,7 +120,7 @@ class NeedleConfig(HaystackConfig):
         documents = load_text(self.source)
         refuse_answers(documents, self.answer_pattern)
         train, test = split(documents, fraction=self.held_out)
-        full_length = replace(self, start_length=None, numbers=0.0)
+        full_length = replace(self, start_length=None, distractors=0.0)
         return (
             NeedleDataset(Haystack.of_bytes(train), self, num_samples, seed, batch),
             NeedleDataset(Haystack.of_bytes(test), full_length, num_samples, TEST_SEED + seed, batch),
@@ -155,10 +157,31 @@ class NeedleDataset(HaystackDataset):
             at = rng.uniform(depths[i], 1) if config.spread_questions else 1.0
             questions.append(sentence(i, at, config.question + "{key}" + config.closing, True))
         questions.append(sentence(last, 1.0, config.question + "{key}", True))
-        return needles + self.numbers(rng, length) + questions, last
+        told = sum(len(each.text) for each in needles + questions)
+        return needles + self.distractors(rng, length - told) + questions, last
 
-    def numbers(self, rng: np.random.Generator, length: int) -> list[Sentence]:
-        """Numbers that nobody asks for, in a text of so many tokens."""
-        count = round(self.config.numbers * length / WORD)
-        drawn = [rng.integers(10 ** rng.integers(1, 5)) for _ in range(count)]
-        return [Sentence(rng.random(), f" {number}".encode(), b"", b"", False) for number in drawn]
+    def distractors(self, rng: np.random.Generator, room: int) -> list[Sentence]:
+        """What nobody asks for, in a text of so many bytes; no more of it than there is room for."""
+        found: list[Sentence] = []
+        for _ in range(round(self.config.distractors * room / WORD)):
+            word = f" {(_number if rng.random() < 0.5 else _word)(rng)}".encode()
+            room -= len(word)
+            if room < 0:
+                break
+            found.append(Sentence(rng.random(), word, b"", b"", False))
+        return found
+
+
+def _number(rng: np.random.Generator) -> str:
+    """A number as people write them: of one to seven digits, a year, a sum, a part."""
+    number, part = rng.integers(10 ** rng.integers(1, 8)), rng.integers(100)
+    year = rng.integers(1000, 2100)
+    forms = (f"{number}", f"{number}", f"{year}", f"{number:,}", f"${number:,}", f"{number}.{part}")
+    return forms[rng.integers(len(forms))]
+
+
+def _word(rng: np.random.Generator) -> str:
+    """One to eight signs: of ASCII, or of what else stands in European texts."""
+    ascii_alone = rng.random() < 0.7
+    signs = [chr(code) for code in range(33, 127)] if ascii_alone else SIGNS
+    return "".join(rng.choice(signs, rng.integers(1, 9)))
