@@ -208,3 +208,10 @@ def test_a_text_that_asks_or_has_numbers_alone_is_not_refused(tmp_path):
             WORDS + b"What is the pass key? 48213 (The pass key is lost"
         )
     NeedleConfig(source=str(tmp_path), length=200).datasets(4)
+
+
+def test_a_short_lesson_has_room_for_some_text(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(WORDS)
+    config = NeedleConfig(source=str(tmp_path), length=96, distractors=1.0)
+    assert all(len(sample["input_ids"]) == 96 for sample in config.datasets(200)[0])

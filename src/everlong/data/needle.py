@@ -158,12 +158,12 @@ class NeedleDataset(HaystackDataset):
             questions.append(sentence(i, at, config.question + "{key}" + config.closing, True))
         questions.append(sentence(last, 1.0, config.question + "{key}", True))
         told = sum(len(each.text) for each in needles + questions)
-        return needles + self.distractors(rng, length - told) + questions, last
+        return needles + self.distractors(rng, (length - told) // 2) + questions, last
 
     def distractors(self, rng: np.random.Generator, room: int) -> list[Sentence]:
-        """What nobody asks for, in a text of so many bytes; no more of it than there is room for."""
+        """What nobody asks for; room: the bytes it may take, half of the text."""
         found: list[Sentence] = []
-        for _ in range(round(self.config.distractors * room / WORD)):
+        for _ in range(round(self.config.distractors * 2 * room / WORD)):
             word = f" {(_number if rng.random() < 0.5 else _word)(rng)}".encode()
             room -= len(word)
             if room < 0:
