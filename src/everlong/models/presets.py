@@ -45,7 +45,7 @@ def preset_fields(name: str) -> dict[str, Any]:
         "chunk_size": 16,
         "num_persistent_tokens": 128,
         # The tokens of a fresh second layer are alike: at 0.8 MAL's of 340M overshoots.
-        "initial_theta": 0.7,
+        "initial_theta": 0.6,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
