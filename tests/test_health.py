@@ -101,11 +101,14 @@ def test_what_is_not_finite_or_far_too_large_is_told():
 def test_the_text_alone_is_measured():
     """Not the persistent rows; in training with a price and a cut as in evaluation; of any length."""
     one = model("mac", num_persistent_tokens=40, memory_write_cost=0.1, backprop_segments=1).train()
+    one.lm_head.eval()
     health = memory_health(one, TEXT[:, :97])
     assert [each.chunk for each in health.memories] == [0, 5, 0, 5]
     assert len(health.gradients) == 13  # pieces of 7 tokens, and of what is left
     assert health.gradients[-1][1] > 0
     assert one.training
+    assert one.model.layers[0].training
+    assert not one.lm_head.training
     assert one.config.backprop_segments == 1
     assert "initial_state" not in vars(one.model.layers[0].mixer)
 

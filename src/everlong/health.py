@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -42,18 +42,6 @@ class MemoryHealth:
     loss_before: float
     loss_after: float
 
-    @property
-    def figures(self) -> list[float]:
-        """All of them."""
-        return [
-            *self.products,
-            self.spread_over_floor,
-            self.value_over_output,
-            self.step_times_curvature,
-            self.loss_before,
-            self.loss_after,
-        ]
-
 
 @dataclass(frozen=True)
 class Health:
@@ -69,7 +57,8 @@ class Health:
         found = []
         for each in self.memories:
             where = f"{each.name}, chunk {each.chunk}"
-            if not all(map(math.isfinite, each.figures)):
+            _, _, products, *figures = astuple(each)
+            if not all(map(math.isfinite, [*products, *figures])):
                 found.append(f"{where}: not all of it is finite")
                 continue
             if max(each.products, default=0) > LARGE:
@@ -149,7 +138,8 @@ def memory_health(model: nn.Module, input_ids: Tensor) -> Health:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, without a cut of gradients; afterwards as it was."""
-    training, config = model.training, getattr(model, "config", None)
+    training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
     cut = getattr(config, "backprop_segments", None)
     try:
         model.eval()
@@ -157,7 +147,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             config.backprop_segments = None  # type: ignore[union-attr]
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         if cut:
             config.backprop_segments = cut  # type: ignore[union-attr]
 
@@ -167,14 +158,12 @@ def _calls(model: nn.Module, memories: Any) -> Iterator[dict[NeuralMemory, list[
     """What each memory is called with, in the block; but not what it absorbs before the text."""
     calls: dict[NeuralMemory, list[tuple[Tensor, Any]]] = {memory: [] for memory in memories}
     owners = [m for m in model.modules() if getattr(m, "memory", None) in calls]
-    starting = [0]
 
     def noting(memory: NeuralMemory) -> Any:
         read_write = memory.read_write
 
         def noted(x: Tensor, state: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if not starting[0]:
-                calls[memory].append((x, state))
+            calls[memory].append((x, state))
             return read_write(x, state, *args, **kwargs)
 
         return noted
@@ -183,11 +172,10 @@ def _calls(model: nn.Module, memories: Any) -> Iterator[dict[NeuralMemory, list[
         initial_state = owner.initial_state
 
         def begun(*args: Any) -> Any:
-            starting[0] += 1
-            try:
-                return initial_state(*args)
-            finally:
-                starting[0] -= 1
+            known = len(calls[owner.memory])
+            state = initial_state(*args)
+            del calls[owner.memory][known:]
+            return state
 
         return begun
 

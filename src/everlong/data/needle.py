@@ -24,6 +24,7 @@ _NAMES = (
     "Salerno Seville Sofia Tripoli Tunis Turin Utrecht Venice Verona Vienna Warsaw York Zurich"
 )
 NAMES = tuple(_NAMES.split())
+ASCII = tuple(map(chr, range(33, 127)))
 SIGNS = tuple("ÄÖÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüýœ°§©£€¥«»‘’“”–—…•×½¼")
 WORD = 6  # bytes of an English word and the space before it, about
 
@@ -182,6 +183,5 @@ def _number(rng: np.random.Generator) -> str:
 
 def _word(rng: np.random.Generator) -> str:
     """One to eight signs: of ASCII, or of what else stands in European texts."""
-    ascii_alone = rng.random() < 0.7
-    signs = [chr(code) for code in range(33, 127)] if ascii_alone else SIGNS
+    signs = ASCII if rng.random() < 0.7 else SIGNS
     return "".join(rng.choice(signs, rng.integers(1, 9)))

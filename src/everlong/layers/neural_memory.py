@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.layers.norm import RMSNorm
-from everlong.layers.weight import Gate, Layer, Weight
+from everlong.layers.weight import Gate, Layer, Started, Weight
 from everlong.ops import (
     MemoryTrace,
     NeuralMemoryState,
@@ -47,7 +47,7 @@ class MemoryOutput(NamedTuple):
     trace: MemoryTrace | None = None
 
 
-class NeuralMemory(Layer):
+class NeuralMemory(Layer, Started):
     """A sequence layer whose memory is a small MLP that learns while it reads (Titans v1 section 3).
 
     q, k, v = silu(conv(x W)), q and k of unit length, v of unit root mean square; alpha, eta, theta
@@ -85,8 +85,6 @@ class NeuralMemory(Layer):
 
     Raises ValueError for sizes that do not fit.
     """
-
-    is_started = False  # by the rules of a model of `transformers`
 
     def __init__(
         self,
@@ -135,28 +133,36 @@ class NeuralMemory(Layer):
         self.value_length = math.sqrt(head_dim) if normalize_values else None
         self.read_only = False  # True: reads its state and writes nothing
 
-        width = num_heads * head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.unit_scale = unit_scale
+        self._add_projections(conv_kernel)
+        self._add_gates(alphas, initial_eta, initial_theta, forget)
+        self._add_memory(expansion * head_dim, norm_floor if residual_norm else None)
+        self.output_norm = RMSNorm(head_dim, norm_eps)
+        self.gate_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.tie_queries()
+
+    def _add_projections(self, conv_kernel: int) -> None:
+        """Of queries, keys and values, and their convolution."""
+        width = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(self.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(self.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(self.hidden_size, width, bias=False)
         self.conv = None
         if conv_kernel:
             bound = 1 / math.sqrt(conv_kernel)
             uniform = partial(nn.init.uniform_, a=-bound, b=bound)
             self.conv = Weight(3 * width, conv_kernel, start=uniform)
-        gates = num_heads * depth
-        self.theta_proj = Gate(hidden_size, gates, initial_theta)
-        self.forgetting_layers = 1 if forget == "last" else depth
-        shared = self.forgetting_layers if unit_scale else 1
+
+    def _add_gates(self, alphas: Sequence[float], eta: float, theta: float, forget: str) -> None:
+        """The gates and what a fresh one says; alphas: of each head."""
+        count = self.num_heads * self.depth
+        self.theta_proj = Gate(self.hidden_size, count, theta)
+        self.forgetting_layers = 1 if forget == "last" else self.depth
+        shared = self.forgetting_layers if self.unit_scale else 1
         starts = [alpha / shared for alpha in alphas for _ in range(self.forgetting_layers)]
-        self.alpha_proj = Gate(hidden_size, len(starts), starts) if decay else None
-        self.eta_proj = Gate(hidden_size, gates, initial_eta) if momentum else None
-        self.unit_scale = unit_scale
-        self._add_memory(expansion * head_dim, norm_floor if residual_norm else None)
-        self.output_norm = RMSNorm(head_dim, norm_eps)
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
-        self.tie_queries()
+        self.alpha_proj = Gate(self.hidden_size, len(starts), starts) if self.decay else None
+        self.eta_proj = Gate(self.hidden_size, count, eta) if self.momentum else None
 
     def _add_memory(self, hidden: int, floor: float | None) -> None:
         """The memory network's start, and theta's upper ends; floor: of LN's variance, or no LN."""
@@ -198,17 +204,9 @@ class NeuralMemory(Layer):
             q, k, _ = self.conv.weight.chunk(3)
             q[:, 1:].copy_(k[:, :-1])
 
-    @property
-    def _is_hf_initialized(self) -> bool:
-        """What any model of `transformers` asks once its rules have gone over the layer's parts."""
-        if not self.is_started:
-            self.tie_queries()
-        self.is_started = True
-        return True
-
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        self.is_started = value
+    def finish_start(self) -> None:
+        """The queries: the projections have started by the model's rules."""
+        self.tie_queries()
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""

@@ -24,15 +24,35 @@ class Layer(nn.Module):
                 reset()
 
 
-class OwnStart(nn.Module):
+class Started(nn.Module):
+    """A module that has a word in its start when `transformers` initialises a model around it."""
+
+    is_started = False
+
+    def finish_start(self) -> None:
+        """What is left to do once that model's rules have gone over the module's parts."""
+        raise NotImplementedError
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What `transformers` asks before it applies a model's rules: they are never to be."""
+        if not self.is_started:
+            self.finish_start()
+        self.is_started = True  # of a copy too, whose parameters have lost their marks
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.is_started = value
+
+
+class OwnStart(Started):
     """A module that alone knows how its parameters start: by `reset_parameters`.
 
     In a model of `transformers` the rules of that model go over every module, zero all biases, and
     leave a parameter that they do not know as it is: where a checkpoint lacks it, memory that nobody
     has filled.
     """
-
-    is_started = False
 
     def reset_parameters(self) -> None:
         """Back to the start."""
@@ -44,17 +64,10 @@ class OwnStart(nn.Module):
         loaded = (getattr(p, "_is_hf_initialized", False) for p in self.parameters(recurse=False))
         return not (self.is_started or all(loaded))
 
-    @property
-    def _is_hf_initialized(self) -> bool:
-        """What `transformers` asks before it applies a model's rules: they are never to be."""
+    def finish_start(self) -> None:
+        """All of it, unless a checkpoint has filled it."""
         if self.lacks_start:
             self.reset_parameters()
-        self.is_started = True  # of a copy too, whose parameters have lost their marks
-        return True
-
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        self.is_started = value
 
 
 class Weight(OwnStart):
