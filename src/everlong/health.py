@@ -204,8 +204,8 @@ def _measure(
         if index:
             state = memory.read_write(x[:, : index * size], state).state
         x = x[:, index * size : (index + 1) * size]
-        (theta, _, log_eta), _ = memory._gates(x, state.dtype)
         with memory._rows(x, state.conv_tail) as (_, k, v, _):
+            (theta, _, log_eta), _ = memory._gates(x, k, state.dtype)
             k, v = (row.transpose(1, 2).to(state.dtype) for row in (k, v))
         after = memory.read_write(x, state).state
     steps = theta if log_eta is None else theta / -torch.expm1(log_eta)

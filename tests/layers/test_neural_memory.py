@@ -8,6 +8,12 @@ from everlong.ops import read_neural_memory
 from numerics import assert_close
 
 
+def gates_of(layer, x):
+    """theta, log(1 - alpha), log(eta), and theta's gate, of tokens x."""
+    with layer._rows(x, None) as (_, k, _, _):
+        return layer._gates(x, k, torch.float32)
+
+
 def test_reads_and_continues():
     layer = NeuralMemory(hidden_size=12, num_heads=3, chunk_size=4)
     x = torch.randn(2, 9, 12)
@@ -30,7 +36,7 @@ def test_sizes_of_the_memory():
 def test_a_fresh_layer_has_the_gates_it_was_told(options, alpha):
     options |= {"initial_alpha": 0.01, "initial_eta": 0.75, "initial_theta": 0.2}
     layer = NeuralMemory(8, 2, chunk_size=16, **options)
-    (theta, log_retain, log_eta), strength = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    (theta, log_retain, log_eta), strength = gates_of(layer, torch.zeros(1, 1, 8))
     forgotten = torch.tensor(alpha).expand_as(theta)
     assert_close("alpha", 1 - log_retain.exp(), forgotten, torch.float32)
     assert_close("eta", log_eta.exp(), torch.full_like(theta, 0.75), torch.float32)
@@ -41,7 +47,7 @@ def test_a_fresh_layer_has_the_gates_it_was_told(options, alpha):
 
 def test_theta_never_exceeds_its_bound():
     layer = NeuralMemory(8, 2, chunk_size=4)
-    (theta, _, log_eta), _ = layer._gates(1e4 * torch.randn(1, 50, 8), torch.float32)
+    (theta, _, log_eta), _ = gates_of(layer, 1e4 * torch.randn(1, 50, 8))
     assert (theta >= 0).all()
     assert (theta <= torch.tensor(layer.max_thetas) * (1 - log_eta.exp()) + 1e-6).all()
 
@@ -52,7 +58,7 @@ def test_gates_are_exact_where_they_are_shut_or_open():
     for projection, bias in ((layer.alpha_proj, 60.0), (layer.eta_proj, -60.0)):
         torch.nn.init.constant_(projection.bias, bias)
         torch.nn.init.zeros_(projection.weight)
-    (_, log_retain, log_eta), _ = layer._gates(torch.zeros(1, 1, 8), torch.float32)
+    (_, log_retain, log_eta), _ = gates_of(layer, torch.zeros(1, 1, 8))
     assert_close("alpha", log_retain, torch.full_like(log_retain, -60.0), torch.float32)
     assert_close("eta", log_eta, torch.full_like(log_eta, -60.0), torch.float32)
 
@@ -60,7 +66,7 @@ def test_gates_are_exact_where_they_are_shut_or_open():
 def test_gates_are_computed_in_the_memory_s_type():
     torch.manual_seed(0)
     layer = NeuralMemory(8, 2).bfloat16()
-    gates, strength = layer._gates(torch.randn(1, 50, 8).bfloat16(), torch.float32)
+    gates, strength = gates_of(layer, torch.randn(1, 50, 8).bfloat16())
     for gate in (*gates, strength):
         assert gate.dtype == torch.float32
         assert (gate != gate.bfloat16().float()).any()

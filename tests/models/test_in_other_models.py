@@ -220,7 +220,9 @@ def test_weight_decay_of_matrices_leaves_gates_where_they_start():
         for parameter in matrices:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    (theta, log_retain, log_eta), _ = memory._gates(torch.randn(1, 5, WIDTH), torch.float32)
+    (theta, log_retain, log_eta), _ = memory._gates(
+        torch.randn(1, 5, WIDTH), torch.randn(1, 5, 2, WIDTH // 2), torch.float32
+    )
     assert_close("alpha", -log_retain.expm1(), torch.full_like(theta, 5e-4), torch.float32)
     assert_close("eta", log_eta.exp(), torch.full_like(theta, 0.7), torch.float32)
 

@@ -208,7 +208,8 @@ def test_writing_has_its_price_in_training_only():
     written = model.model(ids).written.mean()
     memory = model.model.layers[0].mixer.memory
     x = model.model.layers[0].input_norm(model.model.embed_tokens(ids))
-    _, strength = memory._gates(x, torch.float32)
+    with memory._rows(x, None) as (_, k, _, _):
+        _, strength = memory._gates(x, k, torch.float32)
     assert_close("written", written, (1 + 1000 * strength).log().mean(), torch.float32)
     model.train()
     assert_close("loss", model(ids, labels=ids).loss, plain + 0.5 * written, torch.float32)

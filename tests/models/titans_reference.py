@@ -77,9 +77,16 @@ class Memory:
         y = rms_norm(self.layer.output_norm, self.network(weights, q)).flatten()
         return self.layer.o_proj.weight @ (silu(self.layer.gate_proj.weight @ x) * y)
 
-    def gate(self, projection, x):
+    def gate(self, projection, x, more=0):
         logits = projection.weight @ x + projection.bias
-        return torch.sigmoid(logits).view(self.layer.num_heads, -1)
+        return torch.sigmoid(logits.view(self.layer.num_heads, -1) + more)
+
+    def by_key(self, k):
+        """What the keys add to theta's logits, [H, L]."""
+        if self.layer.theta_key is None:
+            return 0
+        columns = self.layer.theta_key.weight.unbind(-1)
+        return math.sqrt(self.layer.head_dim) * torch.stack([(k * u).sum(-1) for u in columns], -1)
 
     def read_write(self, x):
         """Write x, then answer it."""
@@ -92,7 +99,7 @@ class Memory:
         start = [w * 1.0 for w in self.start]
         loss = (self.network(start, k) - v).square().sum(-1)
         surprise = torch.autograd.grad(loss.sum(), start, create_graph=True)
-        theta = self.gate(layer.theta_proj, x)
+        theta = self.gate(layer.theta_proj, x, self.by_key(k))
         with torch.no_grad():  # the gate's gradient is that of a gate that is written as it is
             faint = theta * (theta < layer.write_threshold)
         theta = (theta - faint) * theta.new_tensor(layer.max_thetas)

@@ -76,6 +76,8 @@ class NeuralMemory(Layer, Started):
         max_learning_rate: upper end of theta. With unit_scale a token corrects at most this share of
             its own error, to first order, over 1 + (chunk_size - 1) / 8, since the gradients of a
             chunk's tokens, taken at one point, add up where they are alike.
+        gate_by_key: theta's gate sees the key too, and so what the convolution has seen: logits
+            x_t W + b + sqrt(head_dim) k_t U, U zero in a fresh layer.
         write_threshold: in [0, 1): gates of theta below it are 0, that is, nothing is written; their
             gradients are those of the gate.
         initial_alpha, initial_eta, initial_theta: values of the gates in a fresh layer, in (0, 1);
@@ -104,6 +106,7 @@ class NeuralMemory(Layer, Started):
         norm_floor: float = 0.7,
         normalize_values: bool = True,
         max_learning_rate: float = 1.2,
+        gate_by_key: bool = True,
         write_threshold: float = 0.0,
         initial_alpha: float | Sequence[float] = 0.01,
         initial_eta: float = 0.5,
@@ -136,6 +139,9 @@ class NeuralMemory(Layer, Started):
         self.unit_scale = unit_scale
         self._add_projections(conv_kernel)
         self._add_gates(alphas, initial_eta, initial_theta, forget)
+        self.theta_key = None
+        if gate_by_key:
+            self.theta_key = Weight(num_heads, head_dim, depth, start=nn.init.zeros_)
         self._add_memory(expansion * head_dim, norm_floor if residual_norm else None)
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
@@ -279,10 +285,11 @@ class NeuralMemory(Layer, Started):
         trace: also report what the memory did, token by token.
         """
         state = self._checked(x, state)
-        (gates, strength), scale, report = self._gates(x, state.dtype), self._scale(), None
-        if self.read_only:
-            gates = gates._replace(theta=torch.zeros_like(gates.theta))
+        scale, report = self._scale(), None
         with self._rows(x, state.conv_tail, lengths) as (q, k, v, tail):
+            gates, strength = self._gates(x, k, state.dtype)
+            if self.read_only:
+                gates = gates._replace(theta=torch.zeros_like(gates.theta))
             if self.read_only:
                 y, after = read_neural_memory(q, state.current()[0], scale), state
             else:
@@ -400,14 +407,18 @@ class NeuralMemory(Layer, Started):
             ends = [end for _, end in pairs if end is not None]
             yield q, k, v, torch.cat(ends, -1) if ends else None
 
-    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Gates, Tensor]:
+    def _gates(self, x: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Gates, Tensor]:
         """theta, log(1 - alpha), log(eta) as [B, T, H, L], from logits in at least float32, and the
-        gate of theta."""
+        gate of theta; of tokens x [B, T, D] and their keys k [B, T, H, K]."""
 
         def logits(projection: Gate) -> Tensor:
             return projection(x).to(dtype).unflatten(-1, (self.num_heads, -1))
 
-        strength = torch.sigmoid(logits(self.theta_proj))
+        writing = logits(self.theta_proj)
+        if self.theta_key is not None:
+            seen = torch.einsum("bthk,hkl->bthl", k.to(dtype), self.theta_key().to(dtype))
+            writing = writing + math.sqrt(self.head_dim) * seen
+        strength = torch.sigmoid(writing)
         if self.write_threshold:
             faint = (strength * (strength < self.write_threshold)).detach()
             strength = strength - faint

@@ -187,6 +187,7 @@ class MemoryBlock(Block):
             norm_floor=config.memory_norm_floor,
             normalize_values=config.memory_normalize_values,
             max_learning_rate=config.max_memory_learning_rate,
+            gate_by_key=config.memory_gate_by_key,
             write_threshold=config.memory_write_threshold,
             initial_alpha=config.initial_alpha,
             initial_eta=config.initial_eta,
