@@ -204,18 +204,26 @@ def test_writing_has_its_price_in_training_only():
     model = titans("lmm", "sliding_attention", memory_write_cost=0.5)()
     ids = torch.randint(11, (2, 9))
     model.eval()
-    plain = model(ids, labels=ids).loss
-    written = model.model(ids).written.mean()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)  # some labels are likely, some are not
+    plain, written = model(ids, labels=ids).loss, model.model(ids).written
+    losses = torch.stack([model(row[None], labels=row[None]).loss for row in ids])
+    price = 0.5 * (written.mean(1) * torch.exp(-losses)).mean()
     memory = model.model.layers[0].mixer.memory
     x = model.model.layers[0].input_norm(model.model.embed_tokens(ids))
     with memory._rows(x, None) as (_, k, _, _):
         _, strength = memory._gates(x, k, torch.float32)
-    assert_close("written", written, (1 + 1000 * strength).log().mean(), torch.float32)
+    told = (1 + 1000 * strength).log().mean((-2, -1))
+    assert_close("written", written, told, torch.float32)
     model.train()
-    assert_close("loss", model(ids, labels=ids).loss, plain + 0.5 * written, torch.float32)
+    out = model(ids, labels=ids)
+    assert_close("loss", out.loss, plain + price, torch.float32)
+    assert not torch.allclose(*torch.exp(-losses), rtol=0.01)  # each row waits for itself
+    (gradient,) = torch.autograd.grad(out.price, model.lm_head.weight, allow_unused=True)
+    assert gradient is None  # the price is no reason to learn less
     # Two accumulated batches of 16 labels each pay together what one batch pays.
     accumulated = model(ids, labels=ids, num_items_in_batch=torch.tensor(32)).loss
-    assert_close("accumulated", accumulated, (plain + 0.5 * written) / 2, torch.float32)
+    assert_close("accumulated", accumulated, (plain + price) / 2, torch.float32)
 
 
 def test_the_price_of_a_row_does_not_depend_on_the_rows_beside_it():

@@ -87,7 +87,8 @@ class TitansConfig(PreTrainedConfig):
             at the start of a call that goes on from a cache; None: never.
         memory_write_cost: price on writing, added to the training loss (not to the evaluation loss):
             this times the mean over all memories of log(1 + s / 0.001), s being theta's gate, a
-            share of its upper end. A memory that pays for what it writes leaves alone
+            share of its upper end, and times exp(-loss) of the row, without a gradient: the price
+            waits until the lesson is learned. A memory that pays for what it writes leaves alone
             what nobody asks for, and keeps longer.
         initial_alpha, initial_eta, initial_theta: the gates of a fresh model (theta's as a share of
             its upper end; alpha's, with memory_unit_scale, is shared out among the layers that forget);

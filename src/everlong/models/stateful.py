@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -126,7 +127,7 @@ class StatefulCausalLMOutput(CausalLMOutputWithPast):
     """As the base class, with `memory` as in `StatefulModelOutput`.
 
     price: in training with `memory_write_cost`, what writing costs. `loss` has it in it; a loss of
-    one's own is to be given it.
+    one's own is to be given it. Without labels it is the full price from the first step on.
     """
 
     memory: tuple[Any, ...] | None = None
@@ -155,6 +156,15 @@ class _Priced(torch.autograd.Function):
                 "model.config.memory_write_cost = 0"
             )
         return grads
+
+
+@torch.no_grad()
+def _likelihood(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """exp of minus the mean loss of each row, [B], of logits [B, T, V] and labels [B, T]."""
+    labels = labels.to(logits.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=ignored, reduction="none")
+    asked = (labels != ignored).sum(1)
+    return torch.exp(-losses.sum(1) / asked.clamp(min=1))
 
 
 class StatefulPreTrained:
@@ -552,7 +562,7 @@ class StatefulCausalLM:
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss, price = None, self._price(outputs.written, labels, attention_mask, kwargs)
+        loss, price = None, self._price(outputs.written, logits, labels, attention_mask, kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
             loss = loss if price is None else loss + price
@@ -566,12 +576,18 @@ class StatefulCausalLM:
         )
 
     def _price(
-        self, written: Tensor | None, labels: Tensor | None, mask: Tensor | None, loss: dict[str, Any]
+        self,
+        written: Tensor | None,
+        logits: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        loss: dict[str, Any],
     ) -> Tensor | None:
         """What writing costs in training, a token; `loss`: what the loss was told besides.
 
-        Each row's mean counts as its labels do in the loss (all that is read, without labels): however
-        rows are divided into accumulated batches and among processes, all of them pay the same.
+        Each row's mean counts as its labels do in the loss (all that is read, without labels), and as
+        likely as the row's labels are: however rows are divided into accumulated batches and among
+        processes, all of them pay the same.
         """
         cost = getattr(self.config, "memory_write_cost", 0.0)
         if not self.training or not cost or written is None:
@@ -579,13 +595,16 @@ class StatefulCausalLM:
         tokens = written.shape[1]
         real = torch.ones_like(written) if mask is None else mask[:, mask.shape[1] - tokens :]
         read = asked = real.sum(1)
+        ignored = loss.get("ignore_index", -100)
         shifted = loss.get("shift_labels")
         if shifted is None and labels is not None:
-            shifted = labels[:, 1:]
-        if shifted is not None:
-            asked = (shifted != loss.get("ignore_index", -100)).sum(1)
-        items = loss.get("num_items_in_batch")
+            shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
         mean = written.sum(1) / read.clamp(min=1)
+        if shifted is not None:
+            asked = (shifted != ignored).sum(1)
+        if shifted is not None and labels is not None:  # then there are logits of all tokens
+            mean = mean * _likelihood(logits, shifted, ignored)
+        items = loss.get("num_items_in_batch")
         return cost * (mean * asked).sum() / (asked.sum() if items is None else items)
 
     @torch.no_grad()  # not inference_mode, whose tensors a later call could not train through
