@@ -3,10 +3,12 @@
 `python benchmarks/recall.py --help`. One line of JSON for each training, written as it ends.
 
 - copy: 32 symbols of 24, then the same again; the loss is that of the second half (chance 3.178).
-- mqar: N pairs of a key and a value (64 symbols each), then every key in another order; the loss is
-  that of the values behind them (multi-query associative recall, arXiv 2312.04927; chance 1 in 64).
-- A model has two layers, as wide as --head_dim times --heads, and is trained with AdamW, batches of 32,
-  20 steps of warm-up and a cosine; `accuracy` and `loss` are those of 256 samples not seen.
+- mqar: N pairs of a key and a value (64 symbols each, or N), then every key in another order; the loss
+  is that of the values behind them (multi-query associative recall, arXiv 2312.04927; chance 1 in 64,
+  or in N).
+- A model has two layers, as wide as --head_dim times --heads, and is trained with AdamW, batches of 32
+  rows (of mqar: 512 pairs), 20 steps of warm-up and a cosine; `accuracy` and `loss` are those of eight
+  such batches not seen.
 - `gradients`: norms of the trained model's gradients on 512, 4,096 and 16,384 random symbols.
 """
 
@@ -30,25 +32,27 @@ from everlong.provenance import provenance
 
 TITANS = ("lmm", "mac", "mag", "mal")
 MODELS = (*TITANS, "mamba2", "gated_deltanet", "attention")
-SYMBOLS = {"copy": 24, "mqar": 128}
+COPIED, PAIRED = 24, 64  # symbols of copy, and of mqar's keys and values at least
 BATCH, WARMUP, UNSEEN = 32, 20, 256
 LENGTHS = (512, 4096, 16384)
 
 
 def copy_batch(generator: torch.Generator, rows: int, pairs: int) -> tuple[Tensor, Tensor]:
     """ids [B, 64] and labels, -100 where nothing is asked."""
-    half = torch.randint(SYMBOLS["copy"], (rows, 32), generator=generator)
+    half = torch.randint(COPIED, (rows, 32), generator=generator)
     labels = torch.cat([torch.full_like(half, -100), half], 1)
     return torch.cat([half, half], 1), labels
 
 
 def mqar_batch(generator: torch.Generator, rows: int, pairs: int) -> tuple[Tensor, Tensor]:
     """ids [B, 4 pairs] and labels: each value behind its key in the second half."""
+    kinds = max(PAIRED, pairs)
 
     def shuffled(count: int) -> Tensor:
         return torch.stack([torch.randperm(count, generator=generator)[:pairs] for _ in range(rows)])
 
-    keys, values = shuffled(64), torch.randint(64, 128, (rows, pairs), generator=generator)
+    keys = shuffled(kinds)
+    values = torch.randint(kinds, 2 * kinds, (rows, pairs), generator=generator)
     order = shuffled(pairs)
     asked = torch.stack([keys.gather(1, order), values.gather(1, order)], 2).flatten(1)
     labels = asked.clone()
@@ -60,13 +64,18 @@ def mqar_batch(generator: torch.Generator, rows: int, pairs: int) -> tuple[Tenso
 BATCHES = {"copy": copy_batch, "mqar": mqar_batch}
 
 
+def rows(job: dict[str, Any], of_16: int) -> int:
+    """Rows of a batch that asks for as much as so many rows of 16 pairs."""
+    return of_16 if job["task"] == "copy" else max(1, of_16 * 16 // job["pairs"])
+
+
 def build(job: dict[str, Any]) -> torch.nn.Module:
     """The job's model, with fresh weights."""
     from transformers import AutoModelForCausalLM
 
     width, kind = job["head_dim"] * job["heads"], job["model"]
     fields: dict[str, Any] = {
-        "vocab_size": SYMBOLS[job["task"]],
+        "vocab_size": COPIED if job["task"] == "copy" else 2 * max(PAIRED, job["pairs"]),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
@@ -107,7 +116,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     )
     largest, lost = 0.0, 0
     for step in range(job["steps"]):
-        loss = loss_of(model, *BATCHES[job["task"]](generator, BATCH, job["pairs"]))[0]
+        loss = loss_of(model, *BATCHES[job["task"]](generator, rows(job, BATCH), job["pairs"]))[0]
         optimizer.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -119,7 +128,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         schedule.step()
     model.eval()
     with torch.no_grad():
-        unseen = BATCHES[job["task"]](torch.Generator().manual_seed(1 << 20), UNSEEN, job["pairs"])
+        generator = torch.Generator().manual_seed(1 << 20)
+        unseen = BATCHES[job["task"]](generator, rows(job, UNSEEN), job["pairs"])
         loss, right = loss_of(model, *unseen)
     return job | {
         "parameters": sum(p.numel() for p in model.parameters()),

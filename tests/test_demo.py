@@ -2,15 +2,21 @@ import json
 
 import pytest
 
-from everlong.demo import FULL, SHORT, Entry, run_demo
+from everlong.demo import FULL, SAMPLES, SHORT, Entry, run_demo
+from everlong.evaluation.run import SampleCounts
 from everlong.training import TrainingInterrupted, known_recipes, load_recipe, train
 
 
 def test_the_plans_name_recipes_that_exist():
     assert {entry.recipe for entry in SHORT + FULL} <= set(known_recipes())
     assert max(SHORT[0].lengths) == 16 * 1024
-    assert max(FULL[0].lengths) == 128 * 1024
-    assert len(FULL[0].seeds) == 3
+    memory = [entry for entry in FULL if entry.recipe == "needle-lmm"]
+    assert {seed: max(entry.lengths) >> 20 for entry in memory for seed in entry.seeds} == {
+        0: 10,
+        1: 2,
+        2: 2,
+    }
+    SampleCounts.parse(SAMPLES)
 
 
 def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, capsys):
@@ -19,7 +25,7 @@ def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, 
         Entry(str(tiny_recipe("llama")), (96,)),
     )
     out = tmp_path / "demo"
-    run_demo(entries=entries, out=out, samples=3)
+    run_demo(entries=entries, out=out, samples="3")
     text = capsys.readouterr().out
     assert "what training cost" in text
     assert "whole answers right" in text
@@ -35,21 +41,21 @@ def test_a_small_demo_writes_its_results_and_starts_anew(tiny_recipe, tmp_path, 
         assert (out / file).exists(), file
 
     trained = (out / "tiny-llama-seed0" / "result.json").stat().st_mtime_ns
-    run_demo(entries=entries[1:], out=out, samples=3)
+    run_demo(entries=entries[1:], out=out, samples="3")
     assert (out / "tiny-llama-seed0" / "result.json").stat().st_mtime_ns > trained
 
 
 def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
     entries = (Entry(str(tiny_recipe(save_steps=2)), (96,), seeds=(0, 1)),)
     out = tmp_path / "demo"
-    first = run_demo(full=True, entries=entries, out=out, samples=3)
+    first = run_demo(full=True, entries=entries, out=out, samples="3")
 
     done, cut = out / "tiny-llama-seed0", out / "tiny-llama-seed1"
     times = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     for left_by_a_stopped_run in ("result.json", "model.safetensors"):
         (cut / left_by_a_stopped_run).unlink()
     checkpoints = {path.name for path in cut.glob("checkpoint-*")}
-    second = run_demo(full=True, entries=entries, out=out, samples=3)
+    second = run_demo(full=True, entries=entries, out=out, samples="3")
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == times
     assert {path.name for path in cut.glob("checkpoint-*")} == checkpoints
     assert [cell.metrics for cell in second.cells] == [cell.metrics for cell in first.cells]
@@ -57,13 +63,13 @@ def test_the_full_demo_goes_on_where_it_stopped(tiny_recipe, tmp_path):
     tiny_recipe(max_steps=2, save_steps=2)
     more = (Entry(entries[0].recipe, (96, 128), seeds=(0, 1)),)
     with pytest.raises(ValueError, match=r"tiny-llama-seed0 holds a run already.*--overwrite"):
-        run_demo(full=True, entries=more, out=out, samples=3)
+        run_demo(full=True, entries=more, out=out, samples="3")
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == times
-    longer = run_demo(full=True, entries=more, out=out, samples=3, overwrite=True)
+    longer = run_demo(full=True, entries=more, out=out, samples="3", overwrite=True)
     assert [cell.length for cell in longer.cells] == [96, 128] * 2
     assert (out / "full" / "needle.png").exists()
 
-    third = run_demo(full=True, entries=entries, out=out, samples=3)
+    third = run_demo(full=True, entries=entries, out=out, samples="3")
     assert [model.about["steps"] for model in third.models] == [2, 2]
 
 

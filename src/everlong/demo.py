@@ -1,10 +1,11 @@
 """The demo: a memory and a Transformer of the same size look for a pass key in real text, far
 beyond the length they were trained at.
 
-`everlong demo` starts anew each time. `everlong demo --full` has three seeds, every block with a
-memory and every rival, to 128K tokens. It goes on from what is there, the demo's own models among it,
-and from where it was stopped: a trained model and a scored sample stay as they are. A run of another
-recipe in one of its folders is refused, unless it is to be overwritten.
+`everlong demo` starts anew each time. `everlong demo --full` has three seeds of the memory, which read up
+to 2M tokens and one of them 10M, every block with a memory and every rival. It goes on from what is
+there, the demo's own models among it, and from where it was stopped: a trained model and a scored
+sample stay as they are. A run of another recipe in one of its folders is refused, unless it is to be
+overwritten.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from everlong import words
 from everlong.evaluation import Results, evaluate
 from everlong.evaluation.haystack import HaystackTask
 from everlong.evaluation.report import print_tables, write_report
-from everlong.evaluation.run import RESULTS_FILE, evaluation_folder
+from everlong.evaluation.run import RESULTS_FILE, SampleCounts, evaluation_folder
 from everlong.files import check_output
 from everlong.provenance import RECIPE_FILE, RESULT_FILE, is_run
 from everlong.training import Recipe, TrainingInterrupted, last_checkpoint, load_recipe, resume, train
 from everlong.training.folder import check_deletable
 
 OUT = Path("runs/demo")
-K = 1024
+K, M = 1024, 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
 # Attention is at chance long before 16K, and with full attention the time of a sample grows with the
 # square of the length.
 FULL = (
-    Entry("needle-lmm", FAR, seeds=(0, 1, 2)),
+    Entry("needle-lmm", (*FAR, 1 * M, 2 * M, 10 * M)),
+    Entry("needle-lmm", (*FAR, 1 * M, 2 * M), seeds=(1, 2)),
     *(Entry(f"needle-{block}", FAR) for block in ("mac", "mag", "mal")),
     *(Entry(f"needle-{rival}", FAR) for rival in ("mamba2", "gated-deltanet")),
     Entry("needle-attention", NEAR),
     Entry("needle-full-attention", NEAR),
 )
+SAMPLES = "128k:100,2m:20,10m:5"  # for each length: so many up to it
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ def run_demo(
     full: bool = False,
     out: Path | None = None,
     entries: tuple[Entry, ...] | None = None,
-    samples: int = 100,
+    samples: str = SAMPLES,
     overwrite: bool = False,
 ) -> Results:
     """Train and evaluate the entries; print the tables, write the report (`write_report`).
 
     full: the long plan, which goes on from what is there, and whose report is in the folder `full`.
-    out: instead of runs/demo. entries: other ones than the plan's. samples: for each length.
+    out: instead of runs/demo. entries: other ones than the plan's. samples: for each length
+    (`SampleCounts`).
     overwrite: replace runs of other recipes in the entries' folders. Raises ValueError for such a run
     without it, and for a folder that holds something else, before any work.
     """
@@ -105,7 +109,7 @@ def run_demo(
             [str(run.folder) for run in runs],
             [HaystackTask("needle")],
             {str(run.folder): run.lengths for run in runs},
-            samples,
+            SampleCounts.parse(samples),
             place,
             settings={"command": f"everlong demo{' --full' if full else ''}", "samples": samples},
             on_results=lambda results: results.write(place / RESULTS_FILE),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from everlong.data.haystack import Haystack
-from everlong.data.needle import NeedleConfig, NeedleDataset
+from everlong.data.needle import BEFORE, NeedleConfig, NeedleDataset
 from everlong.data.text import Document
 
 WORDS = ("alpha beta gamma delta epsilon zeta eta theta " * 40).encode()
@@ -181,10 +181,11 @@ def test_what_nobody_asks_for_stands_in_lessons_alone(tmp_path):
         text = text_of(sample)
         assert len(sample["input_ids"]) == 600
         assert len(answers_of(sample)) == 1
-        numbers += len(re.findall(r"(?<!is ) \$?\d[\d,.]*(?= )", text))
+        numbers += len(re.findall(r"(?<!key is) \$?\d[\d,.]*(?= )", text))
     assert 800 < numbers < 1200  # half of ten a sample
     everything = "".join(map(text_of, lessons))
     assert {"$", "@", "~", "é", "—"} <= {*everything}
+    assert all(re.search(f" {word} \\$?\\d", everything) for word in BEFORE)
     assert not any(re.search(r"(?<!is )\b\d", text_of(sample)) for sample in judged)
     assert config.plain().distractors == 0
     with pytest.raises(ValueError, match=r"distractors must lie in \[0, 1\], got 2"):

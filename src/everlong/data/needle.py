@@ -26,6 +26,20 @@ _NAMES = (
 NAMES = tuple(_NAMES.split())
 ASCII = tuple(map(chr, range(33, 127)))
 SIGNS = tuple("ÄÖÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüýœ°§©£€¥«»‘’“”–—…•×½¼")
+BEFORE = (
+    "is",
+    "was",
+    "in",
+    "of",
+    "to",
+    "by",
+    "than",
+    "about",
+    "from",
+    "over",
+    "at",
+    "and",
+)  # numbers stand behind these
 WORD = 6  # bytes of an English word and the space before it, about
 
 
@@ -174,11 +188,13 @@ class NeedleDataset(HaystackDataset):
 
 
 def _number(rng: np.random.Generator) -> str:
-    """A number as people write them: of one to seven digits, a year, a sum, a part."""
+    """A number as people write them: of one to seven digits, a year, a sum, a part; every second
+    behind a word that often stands before one."""
     number, part = rng.integers(10 ** rng.integers(1, 8)), rng.integers(100)
     year = rng.integers(1000, 2100)
     forms = (f"{number}", f"{number}", f"{year}", f"{number:,}", f"${number:,}", f"{number}.{part}")
-    return forms[rng.integers(len(forms))]
+    form = forms[rng.integers(len(forms))]
+    return f"{rng.choice(BEFORE)} {form}" if rng.random() < 0.5 else form
 
 
 def _word(rng: np.random.Generator) -> str:
