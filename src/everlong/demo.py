@@ -1,8 +1,8 @@
 """The demo: a memory and a Transformer of the same size look for a pass key in real text, far
 beyond the length they were trained at.
 
-`everlong demo` starts anew each time. `everlong demo --full` has three seeds of the memory, which read up
-to 2M tokens and one of them 10M, every block with a memory and every rival. It goes on from what is
+`everlong demo` starts anew each time. `everlong demo --full` has three seeds of the memory, which read
+up to 2M tokens and one of them 10M, every block with a memory and every rival. It goes on from what is
 there, the demo's own models among it, and from where it was stopped: a trained model and a scored
 sample stay as they are. A run of another recipe in one of its folders is refused, unless it is to be
 overwritten.
