@@ -167,7 +167,7 @@ GPT2 = {
 SUBJECTS = [
     Subject("layer", layer(), is_model=False),
     Subject("layer-linear", layer(depth=1), is_model=False),
-    Subject("layer-deep", layer(depth=3), is_model=False),
+    Subject("layer-deep", layer(depth=3, gate_by_key=True, conv_kernel=6), is_model=False),
     Subject("layer-bare", layer(conv_kernel=0, momentum=False, decay=False), is_model=False),
     Subject("lmm", titans("lmm", "lmm")),
     Subject("mac", titans("mac", "mac")),
@@ -177,7 +177,7 @@ SUBJECTS = [
     Subject("full", titans("full_attention")),
     Subject("mac-alone", titans("mac", num_persistent_tokens=0, conv_kernel=0)),
     Subject("hybrid", titans("lmm", "sliding_attention", "full_attention")),
-    Subject("hybrid-mac", titans("mac", "sliding_attention", "mag")),
+    Subject("hybrid-mac", titans("mac", "sliding_attention", "mag", memory_gate_by_key=True)),
     Subject("hybrid-mal", titans("mal", "full_attention", "mac", memory_depth=1)),
     Subject("lm2", lm2(num_memory_slots=5), precision=torch.float32),
     Subject(

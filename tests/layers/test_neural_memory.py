@@ -45,6 +45,14 @@ def test_a_fresh_layer_has_the_gates_it_was_told(options, alpha):
     assert_close("strength", strength, torch.full_like(theta, 0.2), torch.float32)
 
 
+def test_a_fresh_convolution_sees_four_tokens():
+    layer = NeuralMemory(8, 2, conv_kernel=9)
+    taps = layer.conv.weight.detach()
+    assert taps[:, :5].abs().max() == 0
+    assert 0.3 < taps[:, 6:].abs().max() <= 0.5
+    assert NeuralMemory(8, 2, conv_kernel=1).conv.weight.abs().max() > 0.5
+
+
 def test_theta_never_exceeds_its_bound():
     layer = NeuralMemory(8, 2, chunk_size=4)
     (theta, _, log_eta), _ = gates_of(layer, 1e4 * torch.randn(1, 50, 8))

@@ -19,7 +19,7 @@ SWITCHES = {
     "no persistent tokens": {"num_persistent_tokens": 0},
     "more persistent tokens than a chunk": {"num_persistent_tokens": 5},
     "the last layer alone forgets": {"memory_forget": "last"},
-    "a gate that sees the token alone": {"memory_gate_by_key": False},
+    "a gate that sees the key": {"memory_gate_by_key": True},
     "a threshold": {"memory_write_threshold": 0.3, "initial_theta": 0.3},
     "saved before scales": OLDER,
     "to the letter": {"mac_residual": False},

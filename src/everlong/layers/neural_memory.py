@@ -34,6 +34,7 @@ GAIN = 0.5  # deviation of what comes into GELU; the means of GELU's square and 
 SQUARE, SLOPE_SQUARE = 0.0835, 0.3557
 STABLE = 2.0  # step times curvature above which gradient descent overshoots more and more
 BELOW = 0.1  # of what a write corrects, the share of each layer below the last
+NEAR = 4  # tokens that a fresh convolution sees
 ALIKE = 1 / 8  # how much two tokens' inner gradients have in common in a fresh memory, about
 
 
@@ -61,7 +62,8 @@ class NeuralMemory(Layer, Started):
         depth: layers L of the memory network, at least 1 (1 is the linear memory).
         expansion: hidden width of the memory network, in multiples of head_dim.
         chunk_size: tokens C whose inner gradients are taken at one point (1: the exact recurrence).
-        conv_kernel: taps of the causal convolution after the projections; 0 leaves it out.
+        conv_kernel: taps of the causal convolution after the projections; 0 leaves it out. Those
+            farther back than four tokens start at zero.
         momentum, decay: False leaves out S_t or the forgetting.
         forget: "all" layers of the memory network, or the "last" alone: what finds its way through the
             others can be written again, however much was forgotten.
@@ -76,7 +78,7 @@ class NeuralMemory(Layer, Started):
         max_learning_rate: upper end of theta. With unit_scale a token corrects at most this share of
             its own error, to first order, over 1 + (chunk_size - 1) / 8, since the gradients of a
             chunk's tokens, taken at one point, add up where they are alike.
-        gate_by_key: theta's gate sees the key too, and so what the convolution has seen: logits
+        gate_by_key: True: theta's gate sees the key too, and so what the convolution has seen: logits
             x_t W + b + sqrt(head_dim) k_t U, U zero in a fresh layer.
         write_threshold: in [0, 1): gates of theta below it are 0, that is, nothing is written; their
             gradients are those of the gate.
@@ -106,7 +108,7 @@ class NeuralMemory(Layer, Started):
         norm_floor: float = 0.7,
         normalize_values: bool = True,
         max_learning_rate: float = 1.2,
-        gate_by_key: bool = True,
+        gate_by_key: bool = False,
         write_threshold: float = 0.0,
         initial_alpha: float | Sequence[float] = 0.01,
         initial_eta: float = 0.5,
@@ -156,9 +158,7 @@ class NeuralMemory(Layer, Started):
         self.v_proj = nn.Linear(self.hidden_size, width, bias=False)
         self.conv = None
         if conv_kernel:
-            bound = 1 / math.sqrt(conv_kernel)
-            uniform = partial(nn.init.uniform_, a=-bound, b=bound)
-            self.conv = Weight(3 * width, conv_kernel, start=uniform)
+            self.conv = Weight(3 * width, conv_kernel, start=_near_taps)
 
     def _add_gates(self, alphas: Sequence[float], eta: float, theta: float, forget: str) -> None:
         """The gates and what a fresh one says; alphas: of each head."""
@@ -512,6 +512,14 @@ def _conv_silu(
     if length is not None:
         y = unit_length(y.unflatten(-1, (-1, size)), length).flatten(-2)
     return y, None
+
+
+@torch.no_grad()
+def _near_taps(taps: Tensor) -> None:
+    """The start of a convolution, [channels, taps]: a token would be lost among many others."""
+    bound = 1 / math.sqrt(min(taps.shape[1], NEAR))
+    nn.init.uniform_(taps, -bound, bound)
+    taps[:, :-NEAR] = 0
 
 
 def _divided(hidden_size: int, num_heads: int) -> int:

@@ -77,7 +77,7 @@ class TitansConfig(PreTrainedConfig):
             initial_theta 0.5.
         max_memory_learning_rate: upper end of theta (see `NeuralMemory`); where initial_theta of it is
             above 2, a fresh memory is beyond the stability of its own gradient descent.
-        memory_gate_by_key: what is written depends on a token and its key, and so on what the
+        memory_gate_by_key: how strongly a token is written depends on its key too, and so on what the
             convolution has seen before it; False: on the token alone.
         memory_write_threshold: in [0, 1): what is written more faintly than this share of the upper
             end is not written at all, in training too, where the loss reaches the gates as without it.
@@ -125,7 +125,7 @@ class TitansConfig(PreTrainedConfig):
     memory_unit_scale: bool = True
     memory_norm_floor: float = 0.7
     memory_normalize_values: bool = True
-    memory_gate_by_key: bool = True
+    memory_gate_by_key: bool = False
     memory_write_threshold: float = 0.0
     max_memory_learning_rate: float = 1.2
     initial_alpha: float | list[float] = 0.01
