@@ -188,3 +188,10 @@ def test_a_memory_of_another_threshold_is_refused():
         titans("lmm", memory_write_threshold=0.2)()(ids, past_key_values=cache)
     with pytest.raises(ValueError, match=r"memory_write_threshold 0\.1 instead of the default"):
         titans("lmm")()(ids, past_key_values=cache)
+
+
+def test_a_memory_of_other_positions_is_refused():
+    ids = torch.randint(11, (1, 9))
+    cache = titans("mag")().memorize(ids)
+    with pytest.raises(ValueError, match=r"rope_theta the default instead of 500000"):
+        titans("mag", rope_theta=5e5)()(ids, past_key_values=cache)
