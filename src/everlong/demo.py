@@ -33,10 +33,12 @@ K, M = 1024, 1024 * 1024
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe of the demo, the seeds it is trained with, and the lengths it is evaluated at."""
+    """A recipe of the demo, the lengths it is evaluated at with how many samples (`SampleCounts`), and
+    the seeds it is trained with."""
 
     recipe: str
     lengths: tuple[int, ...]
+    samples: str = "16k:100,128k:20"
     seeds: tuple[int, ...] = (0,)
 
 
@@ -44,26 +46,27 @@ TO_16K = (512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
 FAR = (512, 2 * K, 16 * K, 128 * K)
 NEAR = (96, 128, 256, 512, 2 * K, 16 * K)
 SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
+OFTEN = "128k:100,2m:20,10m:5"
 # Attention is at chance long before 16K, and with full attention the time of a sample grows with the
 # square of the length.
 FULL = (
-    Entry("needle-lmm", (*FAR, 1 * M, 2 * M, 10 * M)),
-    Entry("needle-lmm", (*FAR, 1 * M, 2 * M), seeds=(1, 2)),
+    Entry("needle-lmm", (*FAR, 1 * M, 2 * M, 10 * M), OFTEN),
+    Entry("needle-lmm", (*FAR, 1 * M, 2 * M), OFTEN, seeds=(1, 2)),
     *(Entry(f"needle-{block}", FAR) for block in ("mac", "mag", "mal")),
     *(Entry(f"needle-{rival}", FAR) for rival in ("mamba2", "gated-deltanet")),
     Entry("needle-attention", NEAR),
     Entry("needle-full-attention", NEAR),
 )
-SAMPLES = "128k:100,2m:20,10m:5"  # for each length: so many up to it
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A model of the demo: its recipe, its folder and the lengths to score."""
+    """A model of the demo: its recipe, its folder and the lengths and samples to score."""
 
     recipe: Recipe
     folder: Path
     lengths: tuple[int, ...]
+    samples: SampleCounts
 
     def __str__(self) -> str:
         return f"{self.recipe.name}, seed {self.recipe.seed}"
@@ -74,14 +77,12 @@ def run_demo(
     full: bool = False,
     out: Path | None = None,
     entries: tuple[Entry, ...] | None = None,
-    samples: str = SAMPLES,
     overwrite: bool = False,
 ) -> Results:
     """Train and evaluate the entries; print the tables, write the report (`write_report`).
 
     full: the long plan, which goes on from what is there, and whose report is in the folder `full`.
-    out: instead of runs/demo. entries: other ones than the plan's. samples: for each length
-    (`SampleCounts`).
+    out: instead of runs/demo. entries: other ones than the plan's.
     overwrite: replace runs of other recipes in the entries' folders. Raises ValueError for such a run
     without it, and for a folder that holds something else, before any work.
     """
@@ -109,9 +110,9 @@ def run_demo(
             [str(run.folder) for run in runs],
             [HaystackTask("needle")],
             {str(run.folder): run.lengths for run in runs},
-            SampleCounts.parse(samples),
+            {str(run.folder): run.samples for run in runs},
             place,
-            settings={"command": f"everlong demo{' --full' if full else ''}", "samples": samples},
+            settings={"command": f"everlong demo{' --full' if full else ''}"},
             on_results=lambda results: results.write(place / RESULTS_FILE),
         )
         results.settings |= {"phases": _phases(results), "seconds": time.perf_counter() - started}
@@ -129,7 +130,7 @@ def run_demo(
 def _plan(entry: Entry, seed: int, out: Path) -> _Run:
     folder = out / f"{Path(entry.recipe).stem}-seed{seed}"
     recipe = load_recipe(entry.recipe, ["--seed", str(seed), "--output_dir", str(folder)])
-    return _Run(recipe, folder, entry.lengths)
+    return _Run(recipe, folder, entry.lengths, SampleCounts.parse(entry.samples))
 
 
 def _check(run: _Run, *, overwrite: bool) -> None:

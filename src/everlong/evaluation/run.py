@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -35,6 +35,8 @@ from .task import Record, Task
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+T = TypeVar("T")
 
 RESULTS_FILE, SAMPLES_FOLDER = "results.json", "samples"
 LENGTHS = "lengths are token numbers such as 512,1k,1m"
@@ -114,7 +116,7 @@ def evaluate(
     models: Sequence[str | Path],
     tasks: Sequence[Task],
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
-    samples: SampleCounts | int = 100,
+    samples: SampleCounts | int | Mapping[str, SampleCounts] = 100,
     out: str | Path = "runs/scores",
     *,
     settings: dict[str, Any] | None = None,
@@ -127,22 +129,23 @@ def evaluate(
     Everything is checked before any work. Samples are kept in `out`/samples as they are scored: what is
     there of the same model (weights and all), task and length is not asked again. With several
     processes (`torchrun`, `accelerate launch`) each asks its share, and the main one writes.
-    lengths: tokens; or for each model its own. settings: kept in the results. options: fields of
-    `Subject`. on_results: told of what is there after each model and task at a length.
+    lengths: tokens; samples: how many; for all models, or for each its own. settings: kept in the
+    results. options: fields of `Subject`. on_results: told of what is there after each model and task at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
     if isinstance(samples, int) and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     models = list(dict.fromkeys(models))
-    counts = samples if isinstance(samples, SampleCounts) else SampleCounts(((None, samples),))
+    if isinstance(samples, int):
+        samples = SampleCounts(((None, samples),))
     state = processes()
     out = Path(out)
     outlines = [load_outline(model, **options) for model in models]
     for outline, info in zip(outlines, name_apart([o.info for o in outlines]), strict=True):
         outline.info = info
     plan = [
-        _jobs(outline, tasks, own, counts)
-        for outline, own in zip(outlines, _lengths_of(models, lengths), strict=True)
+        _jobs(outline, tasks, _own(model, lengths), _own(model, samples))
+        for model, outline in zip(models, outlines, strict=True)
     ]
     console = console or Console(stderr=True)
     cells: list[Cell] = []
@@ -225,12 +228,9 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
 
 
-def _lengths_of(
-    models: Sequence[str | Path], lengths: Sequence[int] | Mapping[str, Sequence[int]]
-) -> list[Sequence[int]]:
-    if isinstance(lengths, Mapping):
-        return [lengths[str(model)] for model in models]
-    return [lengths for _ in models]
+def _own(model: str | Path, values: T | Mapping[str, T]) -> T:
+    """What is for all models, or this one's."""
+    return values[str(model)] if isinstance(values, Mapping) else values
 
 
 def _jobs(
