@@ -130,7 +130,8 @@ def evaluate(
     there of the same model (weights and all), task and length is not asked again. With several
     processes (`torchrun`, `accelerate launch`) each asks its share, and the main one writes.
     lengths: tokens; samples: how many; for all models, or for each its own. settings: kept in the
-    results. options: fields of `Subject`. on_results: told of what is there after each model and task at a length.
+    results. options: fields of `Subject`. on_results: told of what is there after each model and task
+    at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
     if isinstance(samples, int) and samples < 1:
