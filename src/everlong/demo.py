@@ -42,7 +42,7 @@ class Entry:
     seeds: tuple[int, ...] = (0,)
 
 
-TO_16K = (512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
+TO_16K = (96, 128, 256, 512, 1 * K, 2 * K, 4 * K, 8 * K, 16 * K)
 FAR = (512, 2 * K, 16 * K, 128 * K)
 NEAR = (96, 128, 256, 512, 2 * K, 16 * K)
 SHORT = (Entry("needle-lmm", TO_16K), Entry("needle-attention", TO_16K))
