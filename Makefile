@@ -47,7 +47,7 @@ test-slow: $(DEV) ## the long tests, and the laws by PyTorch's operations alone
 demo: $(DEV) ## train a memory and a Transformer, find needles with both, draw runs/demo/needle.png
 	$(BIN)/everlong demo
 
-demo-full: $(DEV) ## the demo up to 128K tokens, with every block, its rivals and three seeds
+demo-full: $(DEV) ## the demo to 2M tokens and more, with every block, its rivals and three seeds
 	$(BIN)/everlong demo --full
 
 bench: $(BENCH) ## speed and memory beside the rivals, about 5 minutes on two cores

@@ -96,8 +96,9 @@ def build(job: dict[str, Any]) -> torch.nn.Module:
     like = build(job | {"model": "lmm", "set": {}})
     size = sum(p.numel() for p in like.parameters())
     name = "llama" if kind == "attention" else kind
+    del fields["intermediate_size"]  # which the size decides
     if name == "mamba2":
-        del fields["intermediate_size"], fields["num_attention_heads"]
+        del fields["hidden_size"], fields["num_attention_heads"]
     return AutoModelForCausalLM.from_config(model_config(name, size, **fields))
 
 

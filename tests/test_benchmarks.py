@@ -18,7 +18,7 @@ from legible import faults
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
     "common", "contenders", "checks", "layer", "op", "training", "reading", "decode", "streaming",
-    "plots", "summary", "run",
+    "plots", "summary", "run", "recall",
 )  # fmt: skip
 
 
@@ -274,3 +274,22 @@ def test_streaming_child_tells_block_by_block(suite):
     lines = list(suite.streaming.stream("mac", sizes, 64, 32, "cpu"))
     assert len(lines) == 2
     assert all(line["seconds"] > 0 and line["bytes"] > 2**20 for line in lines)
+
+
+def test_those_that_recall_are_of_equal_size(suite):
+    recall = suite.recall
+    job = dict.fromkeys(("heads", "depth"), 2) | {
+        "head_dim": 16,
+        "chunk_size": 16,
+        "task": "mqar",
+        "set": {},
+    }
+    ids, labels = recall.mqar_batch(torch.Generator().manual_seed(0), 2, 96)
+    assert ids.max() < 192
+    sizes = {}
+    for name in recall.MODELS:
+        model = recall.build(job | {"model": name, "pairs": 96})
+        assert recall.loss_of(model, ids, labels)[0] > 0
+        sizes[name] = model.num_parameters()
+    for rival in set(recall.MODELS) - set(recall.TITANS):
+        assert sizes[rival] == pytest.approx(sizes["lmm"], rel=0.02), sizes

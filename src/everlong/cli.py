@@ -350,7 +350,9 @@ def _add_demo(commands: Any) -> None:
         description="Train both models on a needle in real text, evaluate them far beyond the "
         "training length, and draw the picture. With --full, what is done is not done again.",
     )
-    demo.add_argument("--full", action="store_true", help="to 128K tokens, three seeds")
+    demo.add_argument(
+        "--full", action="store_true", help="every block and rival, three seeds, to 2M tokens and more"
+    )
     demo.add_argument("--out", metavar="DIR", type=_place, help="instead of runs/demo")
     demo.add_argument(
         "--overwrite", action="store_true", help="replace other runs in its folders, of another recipe"

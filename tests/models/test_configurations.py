@@ -193,5 +193,7 @@ def test_a_memory_of_another_threshold_is_refused():
 def test_a_memory_of_other_positions_is_refused():
     ids = torch.randint(11, (1, 9))
     cache = titans("mag")().memorize(ids)
-    with pytest.raises(ValueError, match=r"rope_theta the default instead of 500000"):
+    with pytest.raises(ValueError, match=r"rope_theta 10000\.0 instead of 500000"):
         titans("mag", rope_theta=5e5)()(ids, past_key_values=cache)
+    cache.made_by.pop("rope_theta")  # as in caches of earlier versions
+    titans("mag", rope_theta=5e5)()(ids, past_key_values=cache)

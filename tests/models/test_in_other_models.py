@@ -149,6 +149,10 @@ def test_queries_start_tied(tmp_path):
     assert are_tied(TheirModel(TheirConfig()).layers["memory"])
     TheirModel(TheirConfig(), with_layers=False).save_pretrained(tmp_path)
     assert are_tied(TheirModel.from_pretrained(tmp_path).layers["memory"])
+    TheirModel(TheirConfig()).save_pretrained(tmp_path / "all")
+    loaded = TheirModel.from_pretrained(tmp_path / "all").layers["memory"]
+    loaded.reset_parameters()
+    assert are_tied(loaded)
     assert not are_tied(NeuralMemory(WIDTH, 2, unit_scale=False))
 
 

@@ -189,6 +189,8 @@ class NeuralMemory(Layer, Started):
 
     def reset_parameters(self) -> None:
         """All parameters back to a start, queries tied."""
+        for parameter in self.parameters():
+            vars(parameter).pop("_is_hf_initialized", None)  # loaded no more
         super().reset_parameters()
         self.tie_queries()
 

@@ -83,6 +83,7 @@ class StateLayer(CacheLayerMixin):
         raise ValueError("offloading a memory's cache is not supported: its size is constant")
 
 
+UNTOLD = ("rope_theta",)  # by caches of earlier versions
 TAIL = 16  # ids of a text by which it is known again
 
 
@@ -98,8 +99,9 @@ class MemoryCache(Cache):
         """Refuse a cache that a model with other states has filled; note who fills an empty one."""
         if self.made_by is None:
             self.made_by = made_by
-        if self.made_by == made_by:
-            return
+        made_by = {
+            name: made_by[name] for name in made_by if name in self.made_by or name not in UNTOLD
+        }
         default = "the default"  # of a field that is told only where it differs from that
         pairs = {
             name: (self.made_by.get(name, default), made_by.get(name, default))
@@ -108,7 +110,8 @@ class MemoryCache(Cache):
         wrong = [
             f"{name} {held} instead of {own}" for name, (held, own) in pairs.items() if held != own
         ]
-        raise ValueError(f"the cache belongs to another model, with {', '.join(wrong)}")
+        if wrong:
+            raise ValueError(f"the cache belongs to another model, with {', '.join(wrong)}")
 
     def check_states(self) -> None:
         """Raise ValueError unless every state is right in itself, and all have read the same tokens."""

@@ -25,9 +25,9 @@ STATE_FIELDS = (
     "memory_momentum",
     "memory_decay",
     "memory_residual_norm",
+    "rope_theta",
 )
-# What came after the first models or caches were saved, with what they are: a file that lacks it means
-# this.
+# What came after the first models were saved, with what they are: a file that lacks it means this.
 OLDER = {
     "gate_act": "sigmoid",
     "mac_residual": False,
@@ -36,7 +36,6 @@ OLDER = {
     "memory_normalize_values": False,
     "memory_gate_by_key": False,
     "memory_write_threshold": 0.0,
-    "rope_theta": 10000.0,
 }
 LAYER_TYPES = ("lmm", "mac", "mag", "mal", "sliding_attention", "full_attention")
 

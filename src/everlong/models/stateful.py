@@ -162,9 +162,11 @@ class _Priced(torch.autograd.Function):
 def _likelihood(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """exp of minus the mean loss of each row, [B], of logits [B, T, V] and labels [B, T]."""
     labels = labels.to(logits.device)
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=ignored, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
+    )
     asked = (labels != ignored).sum(1)
-    return torch.exp(-losses.sum(1) / asked.clamp(min=1))
+    return torch.exp(-losses.view_as(labels).float().sum(1) / asked.clamp(min=1))
 
 
 class StatefulPreTrained:
@@ -565,7 +567,7 @@ class StatefulCausalLM:
         loss, price = None, self._price(outputs.written, logits, labels, attention_mask, kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-            loss = loss if price is None else loss + price
+            loss = loss if price is None else loss + price.to(loss.device)
         return StatefulCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -594,16 +596,16 @@ class StatefulCausalLM:
             return None
         tokens = written.shape[1]
         real = torch.ones_like(written) if mask is None else mask[:, mask.shape[1] - tokens :]
-        read = asked = real.sum(1)
+        read = asked = real.sum(1).to(written.device)
         ignored = loss.get("ignore_index", -100)
         shifted = loss.get("shift_labels")
         if shifted is None and labels is not None:
             shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
         mean = written.sum(1) / read.clamp(min=1)
         if shifted is not None:
-            asked = (shifted != ignored).sum(1)
+            asked = (shifted != ignored).sum(1).to(written.device)
         if shifted is not None and labels is not None:  # then there are logits of all tokens
-            mean = mean * _likelihood(logits, shifted, ignored)
+            mean = mean * _likelihood(logits, shifted, ignored).to(written.device)
         items = loss.get("num_items_in_batch")
         return cost * (mean * asked).sum() / (asked.sum() if items is None else items)
 
