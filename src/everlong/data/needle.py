@@ -26,20 +26,8 @@ _NAMES = (
 NAMES = tuple(_NAMES.split())
 ASCII = tuple(map(chr, range(33, 127)))
 SIGNS = tuple("ÄÖÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüýœ°§©£€¥«»‘’“”–—…•×½¼")
-BEFORE = (
-    "is",
-    "was",
-    "in",
-    "of",
-    "to",
-    "by",
-    "than",
-    "about",
-    "from",
-    "over",
-    "at",
-    "and",
-)  # numbers stand behind these
+# Numbers stand behind these.
+BEFORE = ("is", "was", "in", "of", "to", "by", "than", "about", "from", "over", "at", "and")
 WORD = 6  # bytes of an English word and the space before it, about
 
 

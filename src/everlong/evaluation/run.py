@@ -134,11 +134,11 @@ def evaluate(
     at a length.
     Raises ValueError for whatever a model or task cannot take, all of it in one message.
     """
-    if isinstance(samples, int) and samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    models = list(dict.fromkeys(models))
     if isinstance(samples, int):
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
         samples = SampleCounts(((None, samples),))
+    models = list(dict.fromkeys(models))
     state = processes()
     out = Path(out)
     outlines = [load_outline(model, **options) for model in models]

@@ -118,15 +118,9 @@ class NeuralMemory(Layer, Started):
         super().__init__()
         if head_dim is None:
             head_dim = _divided(hidden_size, num_heads)
-        _check_at_least(
-            (1, "hidden_size", hidden_size),
-            (1, "num_heads", num_heads),
-            (1, "head_dim", head_dim),
-            (1, "depth", depth),
-            (1, "expansion", expansion),
-            (1, "chunk_size", chunk_size),
-            (0, "conv_kernel", conv_kernel),
-        )
+        _check_at_least(1, hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
+        _check_at_least(1, depth=depth, expansion=expansion, chunk_size=chunk_size)
+        _check_at_least(0, conv_kernel=conv_kernel)
         _check_options(forget, max_learning_rate, norm_floor, write_threshold, norm_eps)
         alphas = initial_gates(num_heads, initial_alpha, initial_eta, initial_theta)
         if unit_scale:
@@ -140,10 +134,7 @@ class NeuralMemory(Layer, Started):
 
         self.unit_scale = unit_scale
         self._add_projections(conv_kernel)
-        self._add_gates(alphas, initial_eta, initial_theta, forget)
-        self.theta_key = None
-        if gate_by_key:
-            self.theta_key = Weight(num_heads, head_dim, depth, start=nn.init.zeros_)
+        self._add_gates(alphas, initial_eta, initial_theta, forget, gate_by_key)
         self._add_memory(expansion * head_dim, norm_floor if residual_norm else None)
         self.output_norm = RMSNorm(head_dim, norm_eps)
         self.gate_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
@@ -160,10 +151,15 @@ class NeuralMemory(Layer, Started):
         if conv_kernel:
             self.conv = Weight(3 * width, conv_kernel, start=_near_taps)
 
-    def _add_gates(self, alphas: Sequence[float], eta: float, theta: float, forget: str) -> None:
+    def _add_gates(
+        self, alphas: Sequence[float], eta: float, theta: float, forget: str, by_key: bool
+    ) -> None:
         """The gates and what a fresh one says; alphas: of each head."""
         count = self.num_heads * self.depth
         self.theta_proj = Gate(self.hidden_size, count, theta)
+        self.theta_key = None
+        if by_key:
+            self.theta_key = Weight(self.num_heads, self.head_dim, self.depth, start=nn.init.zeros_)
         self.forgetting_layers = 1 if forget == "last" else self.depth
         shared = self.forgetting_layers if self.unit_scale else 1
         starts = [alpha / shared for alpha in alphas for _ in range(self.forgetting_layers)]
@@ -189,32 +185,31 @@ class NeuralMemory(Layer, Started):
 
     def reset_parameters(self) -> None:
         """All parameters back to a start, queries tied."""
-        for parameter in self.parameters():
-            vars(parameter).pop("_is_hf_initialized", None)  # loaded no more
         super().reset_parameters()
         self.tie_queries()
 
     @torch.no_grad()
-    def tie_queries(self) -> None:
+    def tie_queries(self, *, keep_loaded: bool = False) -> None:
         """A token's query starts as the key of the token behind it, as far as that is known: the same
         projection, and taps that lie one token later (without a convolution: its own key). So what
-        followed something is found from the first step on. Nothing is changed without unit_scale.
+        followed something is found from the first step on. Nothing is changed without unit_scale,
+        and with keep_loaded nothing that a checkpoint has filled.
         """
         if not self.unit_scale:
             return
 
-        def is_loaded(parameter: Tensor) -> bool:
-            return getattr(parameter, "_is_hf_initialized", False)
+        def is_kept(parameter: Tensor) -> bool:
+            return keep_loaded and getattr(parameter, "_is_hf_initialized", False)
 
-        if not is_loaded(self.q_proj.weight):
+        if not is_kept(self.q_proj.weight):
             self.q_proj.weight.copy_(self.k_proj.weight)
-        if self.conv is not None and not is_loaded(self.conv.weight):
+        if self.conv is not None and not is_kept(self.conv.weight):
             q, k, _ = self.conv.weight.chunk(3)
             q[:, 1:].copy_(k[:, :-1])
 
     def finish_start(self) -> None:
         """The queries: the projections have started by the model's rules."""
-        self.tie_queries()
+        self.tie_queries(keep_loaded=True)
 
     def initial_state(self, batch_size: int, dtype: torch.dtype | None = None) -> NeuralMemoryState:
         """The memory before the first token: M_0 in every row, S_0 = 0."""
@@ -292,7 +287,6 @@ class NeuralMemory(Layer, Started):
             gates, strength = self._gates(x, k, state.dtype)
             if self.read_only:
                 gates = gates._replace(theta=torch.zeros_like(gates.theta))
-            if self.read_only:
                 y, after = read_neural_memory(q, state.current()[0], scale), state
             else:
                 y, after = chunk_neural_memory(
@@ -534,8 +528,8 @@ def _divided(hidden_size: int, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
-def _check_at_least(*sizes: tuple[int, str, int]) -> None:
-    for least, name, value in sizes:
+def _check_at_least(least: int, **sizes: int) -> None:
+    for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < least:

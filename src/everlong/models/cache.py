@@ -99,6 +99,8 @@ class MemoryCache(Cache):
         """Refuse a cache that a model with other states has filled; note who fills an empty one."""
         if self.made_by is None:
             self.made_by = made_by
+        if self.made_by == made_by:
+            return
         made_by = {
             name: made_by[name] for name in made_by if name in self.made_by or name not in UNTOLD
         }
